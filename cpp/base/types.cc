@@ -1,0 +1,29 @@
+#include "splitfuse/types.h"
+
+#include "base/check.h"
+
+namespace splitfuse {
+
+int64_t dtype_size(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return "float32";
+    case DType::kBF16:
+      return "bfloat16";
+    case DType::kF16:
+      return "float16";
+  }
+  SPLITFUSE_ASSERT(!"a DType outside the enumeration");
+  return "";
+}
+
+DType dtype_from_name(const std::string& name) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  throw ConfigError(cat("dtype is \"", name, "\"; expected \"float32\", \"bfloat16\" or \"float16\""));
+}
+
+}  // namespace splitfuse

@@ -1,0 +1,404 @@
+// The attention of one work item, for any vector width and number format. Included only by files of one
+// instruction set, inside their anonymous namespace, with a Format:
+//
+//   Reg                  a register of kLanes floats (8 or 16)
+//   Cell                 an element of K, V, q and the output
+//   Weight               a packed query element or softmax weight: what a Reg of K or V is multiplied by
+//   kVecs                registers in a row of the register tile, which has kAttentionRows of them
+//   kSteps               operations that a pair of products takes: 2, or 1 where the hardware multiplies pairs
+//   kPairRows            rows of memory that hold the pair's factors: 2 in float32, 1 in bfloat16
+//   factors(at, row_bytes, step), first_factors(at)   the latter with nothing of the pair's second factor in it
+//   weights(pair, step), fma(weights, factors, sum)
+//   pack(cells, out)     8 query cells to Weights
+//   put_weights(out, low, high, sum)   stores 2 kLanes softmax weights and returns sum + them, in kLanes lanes
+//   put(out, value, n), get(in, n)     n floats to and from Cells and floats
+//   and set, add, mul, sub, max (the second if one is NaN), load, store, reduce_max, reduce_add, exp2,
+//   keep(value, n, fill): lanes from n on replaced.
+//
+// The algorithm is the online softmax of Milakov and Gimelshein (arXiv:1805.02867), tiled as in FlashAttention
+// (arXiv:2205.14135), over tiles and segments at fixed absolute positions. A row's operations and their order
+// depend on its position alone: which rows share a register tile changes neither.
+
+constexpr int kRows = kAttentionRows;
+constexpr int kTile = kAttentionTile;
+constexpr int kColumn = kAttentionColumn;
+constexpr int kTileColumns = kTile / kColumn;
+constexpr int kPack = 8;   // query elements of one row that lie together: every head_dim is a multiple
+
+constexpr int least(int a, int b) { return a < b ? a : b; }
+
+template <class F>
+struct Attend {
+  using Reg = typename F::Reg;
+  using Cell = typename F::Cell;
+  using Weight = typename F::Weight;
+  static constexpr int kLanes = F::kLanes;
+  static constexpr int kVecs = F::kVecs;
+  static constexpr int kColumnVecs = kColumn / kLanes;
+
+  struct State {
+    float* m;
+    float* l;
+    float* o;
+  };
+
+  static State state_at(const AttentionItem& item, float* base) {
+    const int64_t padded = (item.positions * item.group + 15) / 16 * 16;
+    return {base, base + padded, base + 2 * padded};
+  }
+
+  // ---- Register tiles
+
+  // out [MR][kTile] = q k^T for NV registers of keys. q: [head_dim / kPack][MR][kPack].
+  template <int MR, int NV>
+  static inline void scores(const Weight* q, int head_dim, const char* const* keys, int64_t row_bytes, float* out) {
+    Reg sum[MR][NV];
+    const char* at[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) at[v] = keys[v / kColumnVecs] + (v % kColumnVecs) * kLanes * 4;
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) sum[r][v] = F::set(0.0f);
+    }
+    for (int d = 0; d < head_dim; d += kPack) {
+#pragma GCC unroll 8
+      for (int pair = 0; pair < kPack; pair += 2) {
+#pragma GCC unroll 2
+        for (int step = 0; step < F::kSteps; ++step) {
+          typename F::Factors key[NV];
+#pragma GCC unroll 8
+          for (int v = 0; v < NV; ++v) key[v] = F::factors(at[v], row_bytes, step);
+#pragma GCC unroll 8
+          for (int r = 0; r < MR; ++r) {
+            const auto weight = F::weights(q + r * kPack + pair, step);
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) sum[r][v] = F::fma(weight, key[v], sum[r][v]);
+          }
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) at[v] += F::kPairRows * row_bytes;
+      }
+      q += MR * kPack;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) F::store(out + r * kTile + v * kLanes, sum[r][v]);
+    }
+  }
+
+  // o [MR][stride] = o * alpha + p v for NV registers of dimensions, over key pairs [begin, end) of the tile and,
+  // if `odd`, the first key of pair `end`. p: [MR][kTile].
+  template <int MR, int NV>
+  static inline void values(const Weight* p, const char* const* columns, int64_t offset, int64_t row_bytes, int begin,
+                            int end, bool odd, const float* alpha, float* o, int64_t stride) {
+    constexpr int kPairs = kColumn / 2;
+    Reg sum[MR][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const Reg scale = F::set(alpha[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) sum[r][v] = F::mul(F::load(o + r * stride + v * kLanes), scale);
+    }
+    const int64_t pair_bytes = F::kPairRows * row_bytes;
+    for (int pair = begin; pair < end;) {
+      const char* at = columns[pair / kPairs] + offset + (pair % kPairs) * pair_bytes;
+      const int stop = least(end, (pair / kPairs + 1) * kPairs);
+      for (; pair < stop; ++pair, at += pair_bytes) {
+#pragma GCC unroll 2
+        for (int step = 0; step < F::kSteps; ++step) {
+          typename F::Factors value[NV];
+#pragma GCC unroll 8
+          for (int v = 0; v < NV; ++v) value[v] = F::factors(at + v * kLanes * 4, row_bytes, step);
+#pragma GCC unroll 8
+          for (int r = 0; r < MR; ++r) {
+            const auto weight = F::weights(p + r * kTile + 2 * pair, step);
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) sum[r][v] = F::fma(weight, value[v], sum[r][v]);
+          }
+        }
+      }
+    }
+    if (odd) {
+      const char* at = columns[end / kPairs] + offset + (end % kPairs) * pair_bytes;
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        const auto weight = F::weights(p + r * kTile + 2 * end, 0);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[r][v] = F::fma(weight, F::first_factors(at + v * kLanes * 4), sum[r][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) F::store(o + r * stride + v * kLanes, sum[r][v]);
+    }
+  }
+
+  // ---- One tile of keys
+
+  struct Tile {
+    const char* keys[kTileColumns];
+    const char* values[kTileColumns];
+    int64_t key_bytes;     // from one row of K to the next
+    int64_t value_bytes;
+    int head_dim;
+    int padded_dim;
+    float scale;
+  };
+
+  template <int MR>
+  static void all_scores(const Tile& tile, const Weight* q, int keys, float* out) {
+    const int vecs = (keys + kLanes - 1) / kLanes;
+    int v = 0;
+    for (; v + kVecs <= vecs; v += kVecs) {
+      scores<MR, kVecs>(q, tile.head_dim, tile.keys + v / kColumnVecs, tile.key_bytes, out + v * kLanes);
+    }
+    // The rest by whole columns: what lies past the last key is never looked at.
+    const auto run = [&](auto kernel) {
+      kernel(q, tile.head_dim, tile.keys + v / kColumnVecs, tile.key_bytes, out + v * kLanes);
+    };
+    switch ((vecs - v + kColumnVecs - 1) / kColumnVecs) {
+      case 0: break;
+      case 1: run(scores<MR, kColumnVecs>); break;
+      case 2: run(scores<MR, least(2 * kColumnVecs, kVecs)>); break;
+      default: run(scores<MR, least(3 * kColumnVecs, kVecs)>); break;
+    }
+  }
+
+  template <int MR>
+  static void all_values(const Tile& tile, const Weight* p, int begin, int end, bool odd, const float* alpha, float* o) {
+    const int vecs = tile.padded_dim / kLanes;
+    for (int v = 0; v < vecs;) {
+      const int parts = (vecs - v + kVecs - 1) / kVecs;
+      const int count = (vecs - v + parts - 1) / parts;
+      const int64_t offset = v * kLanes * 4;
+      float* out = o + v * kLanes;
+      const auto run = [&](auto kernel) {
+        kernel(p, tile.values, offset, tile.value_bytes, begin, end, odd, alpha, out, tile.padded_dim);
+      };
+      switch (count) {
+        case 1: run(values<MR, 1>); break;
+        case 2: run(values<MR, 2>); break;
+        case 3: run(values<MR, least(3, kVecs)>); break;
+        default: run(values<MR, kVecs>); break;
+      }
+      v += count;
+    }
+  }
+
+  // Turns a row's scores of `keys` keys into weights and updates its m and l; the factor for what o holds so far.
+  static inline float weigh(const float* scores, Weight* p, int keys, float scale, float* m, float* l) {
+    const Reg lowest = F::set(-__builtin_inff());
+    Reg top = lowest;
+    int key = 0;
+    for (; key + kLanes <= keys; key += kLanes) top = F::max(top, F::load(scores + key));
+    if (key < keys) top = F::max(top, F::keep(F::load(scores + key), keys - key, lowest));
+    const float highest = F::reduce_max(top) * scale;
+    const float before = *m;
+    const float after = highest > before ? highest : before;
+
+    const Reg factor = F::set(scale);
+    const Reg shift = F::set(-after);
+    Reg sum = F::set(0.0f);
+    for (key = 0; key + 2 * kLanes <= keys; key += 2 * kLanes) {
+      const Reg low = F::exp2(F::madd(F::load(scores + key), factor, shift));
+      const Reg high = F::exp2(F::madd(F::load(scores + key + kLanes), factor, shift));
+      sum = F::put_weights(p + key, low, high, sum);
+    }
+    if (key < keys) {
+      const Reg low = F::exp2(F::madd(F::load(scores + key), factor, shift));
+      const Reg high = F::exp2(F::madd(F::load(scores + key + kLanes), factor, shift));
+      const Reg zero = F::set(0.0f);
+      sum = F::put_weights(p + key, F::keep(low, keys - key, zero), F::keep(high, keys - key - kLanes, zero), sum);
+    }
+    const float alpha = F::first(F::exp2(F::set(before - after)));
+    *m = after;
+    *l = *l * alpha + F::reduce_add(sum);
+    return alpha;
+  }
+
+  // Rows of one register tile over one tile of keys. keys[r] of them are in row r's past, ascending with r.
+  template <int MR>
+  static void tile_rows(const Tile& tile, const Weight* q, const int* keys, float* m, float* l, float* o) {
+    alignas(64) float sums[MR * kTile];
+    alignas(64) Weight weights[MR * kTile];
+    float alpha[MR];
+    all_scores<MR>(tile, q, keys[MR - 1], sums);
+    for (int r = 0; r < MR; ++r) {
+      alpha[r] = keys[r] > 0 ? weigh(sums + r * kTile, weights + r * kTile, keys[r], tile.scale, m + r, l + r) : 1.0f;
+    }
+    if (keys[0] == keys[MR - 1]) {
+      all_values<MR>(tile, weights, 0, keys[0] / 2, keys[0] % 2 != 0, alpha, o);
+      return;
+    }
+    // On the diagonal: what all rows share together, then each row's own keys. No row reads a value that is not in
+    // its past, not even to multiply it by zero: it might be infinite.
+    const int shared = keys[0] / 2;
+    all_values<MR>(tile, weights, 0, shared, false, alpha, o);
+    const float one = 1.0f;
+    for (int r = 0; r < MR; ++r) {
+      if (keys[r] > 2 * shared) {
+        all_values<1>(tile, weights + r * kTile, shared, keys[r] / 2, keys[r] % 2 != 0, &one, o + r * tile.padded_dim);
+      }
+    }
+  }
+
+  static void tile_group(const Tile& tile, const Weight* q, int rows, const int* keys, float* m, float* l, float* o) {
+    static_assert(kRows == 6);
+    switch (rows) {
+      case 1: return tile_rows<1>(tile, q, keys, m, l, o);
+      case 2: return tile_rows<2>(tile, q, keys, m, l, o);
+      case 3: return tile_rows<3>(tile, q, keys, m, l, o);
+      case 4: return tile_rows<4>(tile, q, keys, m, l, o);
+      case 5: return tile_rows<5>(tile, q, keys, m, l, o);
+      default: return tile_rows<6>(tile, q, keys, m, l, o);
+    }
+  }
+
+  // ---- One item
+
+  static void find_columns(const AttentionItem& item, int begin, int end, Tile& tile) {
+    const int block_columns = item.layout.block_size / kColumn;
+    int column = begin / kColumn;
+    for (int i = 0; begin + i * kColumn < end; ++i, ++column) {
+      const char* block = reinterpret_cast<const char*>(item.kv) +
+                          item.block_table[column / block_columns] * item.layout.block_bytes;
+      const int within = column % block_columns;
+      tile.keys[i] = block + within * kColumn * 4;
+      tile.values[i] = block + item.layout.value_offset + within * (kColumn / 2) * F::kPairRows * tile.value_bytes;
+    }
+  }
+
+  static void pack_queries(const AttentionItem& item, Weight* out) {
+    const int rows = item.positions * item.group;
+    const int head_dim = item.layout.head_dim;
+    for (int first = 0; first < rows; first += kRows) {
+      const int count = least(kRows, rows - first);
+      for (int r = 0; r < count; ++r) {
+        const Cell* in = static_cast<const Cell*>(item.q) + (first + r) / item.group * item.row_stride +
+                         (first + r) % item.group * head_dim;
+        for (int d = 0; d < head_dim; d += kPack) F::pack(in + d, out + d * count + r * kPack);
+      }
+      out += count * head_dim;
+    }
+  }
+
+  static void reset(const AttentionItem& item, const State& state) {
+    const int rows = item.positions * item.group;
+    for (int r = 0; r < rows; ++r) {
+      state.m[r] = -__builtin_inff();
+      state.l[r] = 0.0f;
+    }
+    const int64_t size = static_cast<int64_t>(rows) * item.layout.padded_dim;
+    for (int64_t i = 0; i < size; i += kLanes) F::store(state.o + i, F::set(0.0f));
+  }
+
+  static void segment(const AttentionItem& item, const Weight* q, int index, const State& state) {
+    const int rows = item.positions * item.group;
+    const int past = least((index + 1) * kAttentionSegment, item.first + item.positions);
+    Tile tile;
+    tile.head_dim = item.layout.head_dim;
+    tile.padded_dim = item.layout.padded_dim;
+    tile.key_bytes = item.layout.block_size * 4;
+    tile.value_bytes = tile.padded_dim * 4;
+    tile.scale = item.scale;
+    reset(item, state);
+    for (int begin = index * kAttentionSegment; begin < past; begin += kTile) {
+      find_columns(item, begin, least(begin + kTile, past), tile);
+      for (int row = 0; row < rows; row += kRows) {
+        const int count = least(kRows, rows - row);
+        int keys[kRows];
+        for (int r = 0; r < count; ++r) {
+          const int known = item.first + (row + r) / item.group + 1 - begin;
+          keys[r] = known < 0 ? 0 : least(known, kTile);
+        }
+        if (keys[count - 1] == 0) continue;
+        tile_group(tile, q + row * tile.head_dim, count, keys, state.m + row, state.l + row,
+                   state.o + static_cast<int64_t>(row) * tile.padded_dim);
+      }
+    }
+  }
+
+  // Adds segment `index` to the rows that have keys in it.
+  static void join(const AttentionItem& item, int index, const State& total, const State& part) {
+    const int dim = item.layout.padded_dim;
+    for (int r = 0; r < item.positions * item.group; ++r) {
+      if (item.first + r / item.group < index * kAttentionSegment) continue;
+      const float m = part.m[r] > total.m[r] ? part.m[r] : total.m[r];
+      const float old_scale = F::first(F::exp2(F::set(total.m[r] - m)));
+      const float new_scale = F::first(F::exp2(F::set(part.m[r] - m)));
+      total.m[r] = m;
+      total.l[r] = total.l[r] * old_scale + part.l[r] * new_scale;
+      float* sum = total.o + static_cast<int64_t>(r) * dim;
+      const float* add = part.o + static_cast<int64_t>(r) * dim;
+      for (int d = 0; d < dim; d += kLanes) {
+        F::store(sum + d, F::add(F::mul(F::load(sum + d), F::set(old_scale)),
+                                 F::mul(F::load(add + d), F::set(new_scale))));
+      }
+    }
+  }
+
+  static void finish(const AttentionItem& item, const State& total) {
+    const int head_dim = item.layout.head_dim;
+    for (int r = 0; r < item.positions * item.group; ++r) {
+      const Reg scale = F::set(1.0f / total.l[r]);
+      const float* in = total.o + static_cast<int64_t>(r) * item.layout.padded_dim;
+      Cell* out = static_cast<Cell*>(item.out) + r / item.group * item.row_stride + r % item.group * head_dim;
+      for (int d = 0; d < head_dim; d += kLanes) {
+        F::put(out + d, F::mul(F::load(in + d), scale), least(kLanes, head_dim - d));
+      }
+    }
+  }
+
+  static void attend(const AttentionItem& item) {
+    const State total = state_at(item, item.scratch);
+    const State part = state_at(item, item.scratch + item.state_floats);
+    auto* q = reinterpret_cast<Weight*>(item.scratch + 2 * item.state_floats);
+    pack_queries(item, q);
+    for (int s = item.first_segment; s < item.last_segment; ++s) {
+      if (item.partials != nullptr) {
+        segment(item, q, s, state_at(item, item.partials + s * item.state_floats));
+      } else if (s == 0) {
+        segment(item, q, s, total);
+      } else {
+        segment(item, q, s, part);
+        join(item, s, total, part);
+      }
+    }
+    if (item.partials == nullptr) finish(item, total);
+  }
+
+  static void merge(const AttentionItem& item) {
+    const State total = state_at(item, item.partials);
+    for (int s = 1; s < item.last_segment; ++s) {
+      join(item, s, total, state_at(item, item.partials + s * item.state_floats));
+    }
+    finish(item, total);
+  }
+
+  // ---- Rotary embedding and conversion
+
+  static void rotate(const float* in, const float* cos, const float* sin, int32_t head_dim, void* out) {
+    const int half = head_dim / 2;
+    auto* cells = static_cast<Cell*>(out);
+    for (int i = 0; i < half; i += kLanes) {
+      const int n = least(kLanes, half - i);
+      const Reg low = F::get(in + i, n);
+      const Reg high = F::get(in + half + i, n);
+      const Reg c = F::get(cos + i, n);
+      const Reg s = F::get(sin + i, n);
+      F::put(cells + i, F::sub(F::mul(low, c), F::mul(high, s)), n);
+      F::put(cells + half + i, F::add(F::mul(high, c), F::mul(low, s)), n);
+    }
+  }
+
+  static void convert(const float* in, int32_t count, void* out) {
+    auto* cells = static_cast<Cell*>(out);
+    for (int i = 0; i < count; i += kLanes) {
+      const int n = least(kLanes, count - i);
+      F::put(cells + i, F::get(in + i, n), n);
+    }
+  }
+};

@@ -1,0 +1,285 @@
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numbers>
+#include <numeric>
+
+#include "base/check.h"
+
+namespace splitfuse {
+namespace {
+
+// Query rows that a work item aims at: enough that reading K and V is cheap beside the arithmetic.
+constexpr int32_t kItemRows = 48;
+// Items each thread should get: splitting stops there.
+constexpr int64_t kItemsPerThread = 4;
+// An item of few rows costs as much as one of this many, because it waits for K and V.
+constexpr int32_t kLeastCostRows = 8;
+// Sequences of the greatest length that the room for partial states lets be split at once.
+constexpr int64_t kSplitSequences = 4;
+
+AttentionKernels make_attention_kernels(DType dtype, Isa isa) {
+  AttentionKernels kernels;
+  attention_kernels_ref(dtype, kernels);
+#if defined(__x86_64__)
+  if (isa >= Isa::kAvx2) attention_kernels_avx2(dtype, kernels);
+  if (isa >= Isa::kAvx512) attention_kernels_avx512(dtype, kernels);
+  if (isa >= Isa::kAvx512Bf16) attention_kernels_avx512_bf16(dtype, kernels);
+#else
+  (void)isa;
+#endif
+  return kernels;
+}
+
+KvLayout make_layout(const KvShape& shape, DType dtype) {
+  SPLITFUSE_ASSERT(dtype == DType::kF32 || dtype == DType::kBF16);
+  SPLITFUSE_ASSERT(shape.head_dim > 0 && shape.head_dim % 8 == 0);
+  SPLITFUSE_ASSERT(shape.block_size > 0 && shape.block_size % kAttentionColumn == 0);
+  KvLayout layout;
+  const int64_t size = dtype_size(dtype);
+  layout.head_dim = shape.head_dim;
+  layout.padded_dim = round_up(shape.head_dim, 16);
+  layout.block_size = shape.block_size;
+  layout.value_offset = size * shape.head_dim * shape.block_size;
+  layout.head_bytes = layout.value_offset + size * layout.padded_dim * shape.block_size;
+  layout.layer_bytes = layout.head_bytes * shape.kv_heads;
+  layout.block_bytes = layout.layer_bytes * shape.layers;
+  return layout;
+}
+
+// As many query positions as give whole register tiles and about kItemRows rows.
+int32_t positions_per_item(int32_t group) {
+  return round_up(ceil_div(kItemRows, group), kAttentionRows / std::gcd(kAttentionRows, group));
+}
+
+int32_t segments_of(int32_t keys) { return ceil_div(keys, kAttentionSegment); }
+
+// Writes one position's key and value to a head's block; `key`, `value`: [head_dim] in the cache's format.
+template <class Cell>
+void write_kv(const KvLayout& layout, std::byte* head, int32_t within, const Cell* key, const Cell* value) {
+  auto* keys = reinterpret_cast<Cell*>(head);
+  auto* values = reinterpret_cast<Cell*>(head + layout.value_offset);
+  const int64_t size = layout.block_size;
+  if constexpr (sizeof(Cell) == 4) {
+    for (int64_t d = 0; d < layout.head_dim; ++d) keys[d * size + within] = key[d];
+    std::memcpy(values + int64_t{within} * layout.padded_dim, value, sizeof(Cell) * static_cast<size_t>(layout.head_dim));
+  } else {
+    for (int64_t d = 0; d < layout.head_dim; d += 2) std::memcpy(keys + d * size + 2 * within, key + d, 2 * sizeof(Cell));
+    Cell* out = values + int64_t{within / 2} * layout.padded_dim * 2 + within % 2;
+    for (int64_t d = 0; d < layout.head_dim; ++d) out[2 * d] = value[d];
+  }
+}
+
+}  // namespace
+
+PagedAttention::PagedAttention(DType dtype, Isa isa, ThreadPool& pool)
+    : dtype_(dtype), pool_(pool), kernels_(make_attention_kernels(dtype, isa)) {}
+
+int64_t PagedAttention::block_bytes(const KvShape& shape, DType dtype) { return make_layout(shape, dtype).block_bytes; }
+
+PagedAttention::Room PagedAttention::room(const AttentionShape& shape, const StepLimits& limits) const {
+  const KvLayout layout = make_layout(shape.kv, dtype_);
+  const int32_t group = shape.heads / shape.kv.kv_heads;
+  const int32_t run = positions_per_item(group);
+  Room room;
+  room.angles = int64_t{limits.max_rows} * shape.kv.head_dim;
+  room.thread = round_up(attention_scratch_floats(int64_t{run} * group, layout.padded_dim) + 2 * layout.padded_dim, int64_t{16});
+  room.partials = pool_.size() == 1 ? 0
+                                    : kSplitSequences * segments_of(limits.max_context) * shape.kv.kv_heads *
+                                          attention_state_floats(group, layout.padded_dim);
+  // Parts of split runs number at most the items that are aimed at, and one more for each split run.
+  room.splits = pool_.size() == 1 ? 0 : kItemsPerThread * pool_.size();
+  room.entries = ceil_div(limits.max_rows, run) + limits.max_seqs + 2 * room.splits;
+  return room;
+}
+
+int64_t PagedAttention::scratch_bytes(const AttentionShape& shape, const StepLimits& limits) const {
+  const Room need = room(shape, limits);
+  const int64_t floats = round_up(need.angles, int64_t{16}) + need.thread * pool_.size() + need.partials;
+  return floats * int64_t{sizeof(float)} + need.entries * int64_t{sizeof(Entry)} +
+         need.splits * int64_t{sizeof(Split) + sizeof(std::atomic<int32_t>)} * shape.kv.kv_heads;
+}
+
+void PagedAttention::prepare(const AttentionShape& shape, const StepLimits& limits, std::byte* kv) {
+  SPLITFUSE_ASSERT(shape.heads > 0 && shape.heads % shape.kv.kv_heads == 0);
+  SPLITFUSE_ASSERT(shape.scale > 0.0f);
+  SPLITFUSE_ASSERT(shape.inv_freq.size() == static_cast<size_t>(shape.kv.head_dim / 2));
+  shape_ = shape;
+  layout_ = make_layout(shape.kv, dtype_);
+  kv_ = kv;
+  group_ = shape.heads / shape.kv.kv_heads;
+  run_positions_ = positions_per_item(group_);
+  room_ = room(shape, limits);
+  const int64_t angles = round_up(room_.angles, int64_t{16});
+  memory_ = Memory((angles + room_.thread * pool_.size() + room_.partials) * int64_t{sizeof(float)});
+  angles_ = reinterpret_cast<float*>(memory_.data());
+  scratch_ = angles_ + angles;
+  partials_ = scratch_ + room_.thread * pool_.size();
+  entries_.reserve(static_cast<size_t>(room_.entries));
+  splits_.reserve(static_cast<size_t>(room_.splits));
+  unfinished_ = std::vector<std::atomic<int32_t>>(static_cast<size_t>(room_.splits * shape.kv.kv_heads));
+}
+
+void PagedAttention::begin(const RaggedBatch& batch) {
+  batch_ = batch;
+  plan();
+  const int32_t half = layout_.head_dim / 2;
+  pool_.run([&](int thread) {
+    const int64_t rows = batch_.rows();
+    for (int64_t row = rows * thread / pool_.size(); row < rows * (thread + 1) / pool_.size(); ++row) {
+      float* cos = angles_ + row * layout_.head_dim;
+      float* sin = cos + half;
+      const auto position = static_cast<float>(batch_.positions[static_cast<size_t>(row)]);
+      for (int32_t i = 0; i < half; ++i) {
+        const float angle = position * shape_.inv_freq[static_cast<size_t>(i)];
+        cos[i] = std::cos(angle);
+        sin[i] = std::sin(angle);
+      }
+    }
+  });
+}
+
+// Cuts every chunk into runs of query positions, and costly runs at segments until there is work for all threads.
+void PagedAttention::plan() {
+  entries_.clear();
+  splits_.clear();
+  partials_used_ = 0;
+  int64_t total = 0;
+  const auto for_each_run = [&](const auto& visit) {
+    for (size_t s = 0; s < batch_.seqs.size(); ++s) {
+      const RaggedSeq& seq = batch_.seqs[s];
+      for (int32_t at = 0; at < seq.length; at += run_positions_) {
+        Entry run;
+        run.seq = static_cast<int32_t>(s);
+        run.offset = at;
+        run.positions = std::min(run_positions_, seq.length - at);
+        const int32_t keys = seq.computed + at + run.positions;
+        run.last_segment = segments_of(keys);
+        run.cost = int64_t{std::max(run.positions * group_, kLeastCostRows)} * keys;
+        visit(run);
+      }
+    }
+  };
+  for_each_run([&](const Entry& run) { total += run.cost; });
+  const int64_t fair = std::max<int64_t>(total * shape_.kv.kv_heads / (kItemsPerThread * pool_.size()), 1);
+  for_each_run([&](const Entry& run) { add_run(run, fair); });
+  std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) {
+    return a.cost != b.cost ? a.cost > b.cost : a.seq != b.seq ? a.seq < b.seq : a.offset < b.offset;
+  });
+}
+
+void PagedAttention::add_run(const Entry& run, int64_t fair) {
+  const auto parts = static_cast<int32_t>(std::min<int64_t>(run.last_segment, ceil_div(run.cost, fair)));
+  const int64_t floats = int64_t{run.last_segment} * shape_.kv.kv_heads * state_floats(run.positions);
+  if (parts == 1 || static_cast<int64_t>(splits_.size()) == room_.splits || partials_used_ + floats > room_.partials) {
+    entries_.push_back(run);
+    return;
+  }
+  for (int32_t part = 0; part < parts; ++part) {
+    Entry entry = run;
+    entry.first_segment = run.last_segment * part / parts;
+    entry.last_segment = run.last_segment * (part + 1) / parts;
+    entry.split = static_cast<int32_t>(splits_.size());
+    entry.cost = run.cost / parts;
+    entries_.push_back(entry);
+  }
+  splits_.push_back({partials_used_, parts, run.last_segment});
+  partials_used_ += floats;
+}
+
+int64_t PagedAttention::state_floats(int32_t positions) const {
+  return attention_state_floats(int64_t{positions} * group_, layout_.padded_dim);
+}
+
+void PagedAttention::rope_write_kv(const float* qkv, int32_t layer, void* q) {
+  dtype_ == DType::kF32 ? rope_write<float>(qkv, layer, q) : rope_write<uint16_t>(qkv, layer, q);
+}
+
+template <class Cell>
+void PagedAttention::rope_write(const float* qkv, int32_t layer, void* q) {
+  const int64_t dim = layout_.head_dim;
+  const int64_t heads = shape_.heads;
+  const int64_t kv_heads = shape_.kv.kv_heads;
+  const int64_t in_stride = row_stride((heads + 2 * kv_heads) * dim);
+  const int64_t q_stride = row_stride(heads * dim);
+  std::byte* const blocks = kv_ + layer * layout_.layer_bytes;
+  pool_.run([&](int thread) {
+    const int64_t begin = int64_t{batch_.rows()} * thread / pool_.size();
+    const int64_t end = int64_t{batch_.rows()} * (thread + 1) / pool_.size();
+    auto* key = reinterpret_cast<Cell*>(scratch_ + room_.thread * thread);
+    Cell* value = key + layout_.padded_dim;
+    for (const RaggedSeq& seq : batch_.seqs) {
+      for (int64_t row = std::max<int64_t>(begin, seq.begin); row < std::min<int64_t>(end, seq.begin + seq.length); ++row) {
+        const float* in = qkv + row * in_stride;
+        const float* cos = angles_ + row * dim;
+        const float* sin = cos + dim / 2;
+        Cell* out = static_cast<Cell*>(q) + row * q_stride;
+        for (int64_t head = 0; head < heads; ++head) {
+          kernels_.rotate(in + head * dim, cos, sin, layout_.head_dim, out + head * dim);
+        }
+        const auto position = static_cast<int32_t>(seq.computed + row - seq.begin);
+        std::byte* block = blocks + seq.block_table[position / layout_.block_size] * layout_.block_bytes;
+        const float* keys = in + heads * dim;
+        for (int64_t head = 0; head < kv_heads; ++head) {
+          kernels_.rotate(keys + head * dim, cos, sin, layout_.head_dim, key);
+          kernels_.convert(keys + (kv_heads + head) * dim, layout_.head_dim, value);
+          write_kv(layout_, block + head * layout_.head_bytes, position % layout_.block_size, key, value);
+        }
+      }
+    }
+  });
+}
+
+void PagedAttention::attention(const void* q, int32_t layer, void* out) {
+  const int64_t kv_heads = shape_.kv.kv_heads;
+  const int64_t items = static_cast<int64_t>(entries_.size()) * kv_heads;
+  for (size_t split = 0; split < splits_.size(); ++split) {
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      unfinished_[split * static_cast<size_t>(kv_heads) + static_cast<size_t>(head)].store(
+          splits_[split].parts, std::memory_order_relaxed);
+    }
+  }
+  next_item_.store(0, std::memory_order_relaxed);
+  pool_.run([&](int thread) {
+    for (;;) {
+      const int64_t item = next_item_.fetch_add(1, std::memory_order_relaxed);
+      if (item >= items) return;
+      run_item(entries_[static_cast<size_t>(item / kv_heads)], static_cast<int32_t>(item % kv_heads), layer, q, out, thread);
+    }
+  });
+}
+
+void PagedAttention::run_item(const Entry& entry, int32_t head, int32_t layer, const void* q, void* out, int thread) {
+  const RaggedSeq& seq = batch_.seqs[static_cast<size_t>(entry.seq)];
+  AttentionItem item;
+  item.layout = layout_;
+  item.kv = kv_ + layer * layout_.layer_bytes + head * layout_.head_bytes;
+  item.block_table = seq.block_table;
+  item.row_stride = row_stride(int64_t{shape_.heads} * layout_.head_dim);
+  const int64_t first = (seq.begin + entry.offset) * item.row_stride + int64_t{head} * group_ * layout_.head_dim;
+  item.q = static_cast<const std::byte*>(q) + first * dtype_size(dtype_);
+  item.out = static_cast<std::byte*>(out) + first * dtype_size(dtype_);
+  item.group = group_;
+  item.positions = entry.positions;
+  item.first = seq.computed + entry.offset;
+  item.first_segment = entry.first_segment;
+  item.last_segment = entry.last_segment;
+  item.scale = shape_.scale * std::numbers::log2e_v<float>;
+  item.state_floats = state_floats(entry.positions);
+  item.scratch = scratch_ + room_.thread * thread;
+  if (entry.split < 0) return kernels_.attend(item);
+
+  const Split& split = splits_[static_cast<size_t>(entry.split)];
+  item.partials = partials_ + split.partials + int64_t{head} * split.segments * item.state_floats;
+  kernels_.attend(item);
+  auto& unfinished = unfinished_[static_cast<size_t>(int64_t{entry.split} * shape_.kv.kv_heads + head)];
+  // Who comes last has seen the others' states, and joins them all in the one order there is.
+  if (unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    item.last_segment = split.segments;
+    kernels_.merge(item);
+  }
+}
+
+}  // namespace splitfuse

@@ -1,0 +1,63 @@
+#include <immintrin.h>
+
+#include "cpu/attention_kernels.h"
+
+namespace splitfuse {
+namespace {
+
+#include "cpu/vector_avx2-inl.h"
+#include "cpu/attention-inl.h"
+
+struct F32 : Avx2 {
+  using Cell = float;
+  using Weight = float;
+  using Factors = __m256;
+  static constexpr int kVecs = 2;
+  static constexpr int kSteps = 2;
+  static constexpr int kPairRows = 2;
+
+  static Factors factors(const char* at, int64_t row_bytes, int step) {
+    return load(reinterpret_cast<const float*>(at + step * row_bytes));
+  }
+  static Factors first_factors(const char* at) { return factors(at, 0, 0); }
+  static Reg weights(const Weight* pair, int step) { return set(pair[step]); }
+  static Reg fma(Reg weight, Factors factor, Reg sum) { return madd(weight, factor, sum); }
+  static void pack(const Cell* in, Weight* out) { store(out, load(in)); }
+  static Reg put_weights(Weight* out, Reg low, Reg high, Reg sum) {
+    store(out, low);
+    store(out + kLanes, high);
+    return add(sum, add(low, high));
+  }
+};
+
+struct Bf16 : F32 {
+  using Cell = unsigned short;
+  static constexpr int kPairRows = 1;
+
+  static Factors factors(const char* at, int64_t, int step) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return _mm256_castsi256_ps(step == 0 ? _mm256_slli_epi32(pairs, 16)
+                                         : _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static Factors first_factors(const char* at) { return factors(at, 0, 0); }
+  static void pack(const Cell* in, Weight* out) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+    store(out, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+  }
+};
+
+template <class Format>
+void fill(AttentionKernels& kernels) {
+  kernels.attend = Attend<Format>::attend;
+  kernels.merge = Attend<Format>::merge;
+  kernels.rotate = Attend<Format>::rotate;
+  kernels.convert = Attend<Format>::convert;
+}
+
+}  // namespace
+
+void attention_kernels_avx2(DType dtype, AttentionKernels& kernels) {
+  dtype == DType::kF32 ? fill<F32>(kernels) : fill<Bf16>(kernels);
+}
+
+}  // namespace splitfuse

@@ -1,0 +1,85 @@
+// What attention.cc asks of an instruction set: plain data and function pointers, so that nothing compiled with
+// wide-vector flags is ever shared between files.
+//
+// Layout of one KV head in one block, K then V, in columns of 16 keys (a block holds a whole number of them):
+//   float32    K [head_dim][block_size]            V [block_size][padded_dim]
+//   bfloat16   K [head_dim / 2][block_size][2]     V [block_size / 2][padded_dim][2]
+// So lanes are keys in q K^T and dimensions in p V, and in bfloat16 a 32-bit lane holds the two factors of one
+// step of a pairwise dot product: adjacent dimensions of K, adjacent keys of V.
+// A block is [layer][kv head][K, V].
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "splitfuse/types.h"
+
+namespace splitfuse {
+
+/// Keys of one column; block_size is a multiple of it.
+inline constexpr int32_t kAttentionColumn = 16;
+/// Keys between two updates of a row's running maximum; tiles start at multiples of it.
+inline constexpr int32_t kAttentionTile = 256;
+/// Keys that are summed on their own before they join a row's result; segments start at multiples of it. Only
+/// whole segments are given to different threads, and they always join in ascending order.
+inline constexpr int32_t kAttentionSegment = 512;
+/// Query rows of one register tile, on every instruction set.
+inline constexpr int32_t kAttentionRows = 6;
+
+struct KvLayout {
+  int32_t head_dim = 0;
+  int32_t padded_dim = 0;      // head_dim rounded up to 16
+  int32_t block_size = 0;
+  int64_t value_offset = 0;    // bytes from a head's K to its V
+  int64_t head_bytes = 0;
+  int64_t layer_bytes = 0;
+  int64_t block_bytes = 0;
+};
+
+/// The running softmax of `rows` rows: floats m [rows up to 16], l [same], o [rows][padded_dim]; m the maximum
+/// of the scores in units of log2, l the sum and o the weighted sum of values, both relative to 2^m.
+struct AttentionItem {
+  KvLayout layout;
+  const std::byte* kv = nullptr;        // the head's K in block 0
+  const int32_t* block_table = nullptr;
+  const void* q = nullptr;              // first query position, first head of the group
+  void* out = nullptr;
+  int64_t row_stride = 0;               // elements from one position's q or out to the next
+  int32_t group = 0;                    // query heads that share the KV head
+  int32_t positions = 0;                // query positions
+  int32_t first = 0;                    // absolute position of the first
+  int32_t first_segment = 0;
+  int32_t last_segment = 0;             // one past the last
+  float scale = 0.0f;                   // of scores, with log2(e) in it
+  float* partials = nullptr;            // null: write `out`; else one state per segment, from the item's first
+  int64_t state_floats = 0;
+  float* scratch = nullptr;             // attention_scratch_floats()
+};
+
+struct AttentionKernels {
+  /// Attends over the item's segments.
+  void (*attend)(const AttentionItem& item) = nullptr;
+  /// Merges partials of segments [0, last_segment) into `out`.
+  void (*merge)(const AttentionItem& item) = nullptr;
+  /// out [head_dim] in the activations' format = in [head_dim] rotated by cos, sin [head_dim / 2].
+  void (*rotate)(const float* in, const float* cos, const float* sin, int32_t head_dim, void* out) = nullptr;
+  /// out [count] in the activations' format = in.
+  void (*convert)(const float* in, int32_t count, void* out) = nullptr;
+};
+
+/// Each replaces the entries it improves for `dtype` (float32 or bfloat16).
+void attention_kernels_ref(DType dtype, AttentionKernels& kernels);
+void attention_kernels_avx2(DType dtype, AttentionKernels& kernels);
+void attention_kernels_avx512(DType dtype, AttentionKernels& kernels);
+void attention_kernels_avx512_bf16(DType dtype, AttentionKernels& kernels);
+
+constexpr int64_t attention_padded_rows(int64_t rows) { return (rows + 15) / 16 * 16; }
+constexpr int64_t attention_state_floats(int64_t rows, int64_t padded_dim) {
+  return 2 * attention_padded_rows(rows) + rows * padded_dim;
+}
+/// Two states, and the queries of an item in a kernel's own order.
+constexpr int64_t attention_scratch_floats(int64_t rows, int64_t padded_dim) {
+  return 2 * attention_state_floats(rows, padded_dim) + rows * padded_dim;
+}
+
+}  // namespace splitfuse

@@ -1,0 +1,94 @@
+#include "cpu/cpu_backend.h"
+
+#include <memory>
+#include <utility>
+
+#include "base/check.h"
+#include "base/memory.h"
+#include "cpu/pack.h"
+#include "splitfuse/config.h"
+
+namespace splitfuse {
+
+CpuBackend::CpuBackend(DType dtype, int threads, Isa isa)
+    : dtype_(dtype),
+      isa_(isa),
+      pool_(threads == 0 ? usable_cores() : threads),
+      linears_(dtype, isa, pool_),
+      rows_(dtype, isa, pool_),
+      attention_(dtype, isa, pool_),
+      sampler_(isa, pool_) {}
+
+std::string CpuBackend::describe() const {
+  return cat("cpu, ", isa_name(isa_), ", ", pool_.size(), pool_.size() == 1 ? " thread, " : " threads, ",
+             dtype_name(dtype_));
+}
+
+int64_t CpuBackend::available() const { return available_memory(); }
+
+int64_t CpuBackend::scratch_bytes(const AttentionShape& attention, const StepLimits& limits) const {
+  return linears_.scratch_bytes() + attention_.scratch_bytes(attention, limits) + sampler_.scratch_bytes(limits);
+}
+
+DeviceBuffer CpuBackend::allocate(int64_t bytes) {
+  auto memory = std::make_shared<Memory>(bytes);   // shared: a std::function must be copyable
+  return {memory->data(), bytes, [memory]() mutable { memory.reset(); }};
+}
+
+void CpuBackend::prepare(const AttentionShape& attention, const StepLimits& limits, std::byte* kv) {
+  linears_.prepare();
+  attention_.prepare(attention, limits, kv);
+  sampler_.prepare(limits);
+}
+
+void CpuBackend::pack(const Linear& linear, Rows which, int32_t row, const TensorView& weight) {
+  linears_.pack(linear, which, row, weight);
+}
+
+void CpuBackend::pack_bias(const Linear& linear, Rows which, int32_t row, const TensorView& bias) {
+  linears_.pack_bias(linear, which, row, bias);
+}
+
+void CpuBackend::upload(const TensorView& vector, float* out) { to_f32(vector, out); }
+
+void CpuBackend::begin(const RaggedBatch& batch) {
+  batch_ = batch;
+  attention_.begin(batch);
+}
+
+void CpuBackend::embed(const Linear& table, float* x) { linears_.embed(table, batch_.tokens, x); }
+
+void CpuBackend::rms_norm(const float* x, const float* weight, float eps, int32_t columns,
+                          std::span<const int32_t> rows, void* out) {
+  rows_.rms_norm(x, weight, eps, columns, batch_.rows(), rows, out);
+}
+
+void CpuBackend::linear(const Linear& linear, const void* in, int32_t rows, float* out) {
+  linears_.multiply(linear, in, rows, Epilogue::kStore, out);
+}
+
+void CpuBackend::linear_add(const Linear& linear, const void* in, int32_t rows, float* x) {
+  linears_.multiply(linear, in, rows, Epilogue::kAdd, x);
+}
+
+void CpuBackend::linear_gated(const Linear& linear, const void* in, int32_t rows, void* out) {
+  linears_.multiply(linear, in, rows, Epilogue::kGate, out);
+}
+
+void CpuBackend::rope_write_kv(const float* qkv, int32_t layer, void* q) { attention_.rope_write_kv(qkv, layer, q); }
+
+void CpuBackend::attention(const void* q, int32_t layer, void* out) { attention_.attention(q, layer, out); }
+
+void CpuBackend::sample(float* logits, std::span<const SampleRow> rows, std::span<SampleResult> results) {
+  sampler_.sample(logits, rows, results);
+}
+
+std::unique_ptr<Backend> make_cpu_backend(DType dtype, int threads, const std::string& isa) {
+  if (dtype != DType::kF32 && dtype != DType::kBF16) {
+    throw ConfigError(cat("dtype: the CPU backend computes in float32 or bfloat16, not ", dtype_name(dtype)));
+  }
+  if (threads < 0) throw ConfigError(cat("threads: ", threads, " is not a number of threads; 0 means all usable cores"));
+  return std::make_unique<CpuBackend>(dtype, threads, isa_from_name(isa));
+}
+
+}  // namespace splitfuse

@@ -1,0 +1,58 @@
+// The CPU backend: the Backend contract on the kernels of one rung of the ISA ladder and one thread pool.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "backend/backend.h"
+#include "base/thread_pool.h"
+#include "cpu/attention.h"
+#include "cpu/isa.h"
+#include "cpu/linear.h"
+#include "cpu/rows.h"
+#include "cpu/sampler.h"
+
+namespace splitfuse {
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(DType dtype, int threads, Isa isa);
+
+  std::string describe() const override;
+  DType dtype() const override { return dtype_; }
+  int64_t available() const override;
+  int64_t linear_bytes(const LinearShape& shape) const override { return linears_.bytes(shape); }
+  int64_t kv_block_bytes(const KvShape& shape) const override { return PagedAttention::block_bytes(shape, dtype_); }
+  int64_t scratch_bytes(const AttentionShape& attention, const StepLimits& limits) const override;
+  DeviceBuffer allocate(int64_t bytes) override;
+  void prepare(const AttentionShape& attention, const StepLimits& limits, std::byte* kv) override;
+  void pack(const Linear& linear, Rows which, int32_t row, const TensorView& weight) override;
+  void pack_bias(const Linear& linear, Rows which, int32_t row, const TensorView& bias) override;
+  void upload(const TensorView& vector, float* out) override;
+
+  void begin(const RaggedBatch& batch) override;
+  void embed(const Linear& table, float* x) override;
+  void rms_norm(const float* x, const float* weight, float eps, int32_t columns, std::span<const int32_t> rows,
+                void* out) override;
+  void linear(const Linear& linear, const void* in, int32_t rows, float* out) override;
+  void linear_add(const Linear& linear, const void* in, int32_t rows, float* x) override;
+  void linear_gated(const Linear& linear, const void* in, int32_t rows, void* out) override;
+  void rope_write_kv(const float* qkv, int32_t layer, void* q) override;
+  void attention(const void* q, int32_t layer, void* out) override;
+  void sample(float* logits, std::span<const SampleRow> rows, std::span<SampleResult> results) override;
+
+  ThreadPool& pool() { return pool_; }
+
+ private:
+  DType dtype_;
+  Isa isa_;
+  ThreadPool pool_;
+  LinearOps linears_;
+  RowOps rows_;
+  PagedAttention attention_;
+  Sampler sampler_;
+  RaggedBatch batch_;
+};
+
+}  // namespace splitfuse

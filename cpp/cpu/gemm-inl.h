@@ -1,0 +1,239 @@
+// The GEMM loops, once for all vector instruction sets. Include inside the anonymous namespace of a file compiled
+// for one of them, after a struct Vec: the set's registers Reg of kLanes floats, and what can be done with them.
+// gcc keeps an array of registers in registers only if every loop over it is unrolled by pragma.
+
+// ---- Formats: how one step along k multiplies R rows with a panel of C registers' width
+
+struct F32Format {
+  using In = float;        // as the rows come
+  using Weight = float;
+  using Out = float;       // of gated linears
+  static constexpr int32_t kPerStep = 1;
+  static constexpr int32_t kInPerStep = 1;
+  static constexpr int32_t kBlockSteps = 768;
+
+  template <int R, int C>
+  [[gnu::always_inline]] static void step(const In* in, int64_t stride, const Weight* panel, Vec::Reg (&sums)[R][C]) {
+    Vec::Reg weights[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) weights[c] = Vec::load(panel + c * Vec::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec::Reg x = Vec::set(in[r * stride]);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sums[r][c] = Vec::madd(x, weights[c], sums[r][c]);
+    }
+  }
+};
+
+/// bf16 weights against rows widened to f32: both halves of a pair become f32 on the way to the registers.
+struct WideBf16Format {
+  using In = float;
+  using Weight = uint16_t;
+  using Out = uint16_t;
+  static constexpr int32_t kPerStep = 2;
+  static constexpr int32_t kInPerStep = 2;
+  static constexpr int32_t kBlockSteps = 384;
+
+  template <int R, int C>
+  [[gnu::always_inline]] static void step(const In* in, int64_t stride, const Weight* panel, Vec::Reg (&sums)[R][C]) {
+    Vec::Reg weights[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) weights[c] = Vec::load_first(panel + 2 * c * Vec::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec::Reg x = Vec::set(in[r * stride]);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sums[r][c] = Vec::madd(x, weights[c], sums[r][c]);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) weights[c] = Vec::load_second(panel + 2 * c * Vec::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec::Reg x = Vec::set(in[r * stride + 1]);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sums[r][c] = Vec::madd(x, weights[c], sums[r][c]);
+    }
+  }
+};
+
+// ---- Epilogues, on sums [rows][width] that still are in the first cache
+
+/// e^x to about one unit in the last place: x = n ln 2 + r with |r| <= ln 2 / 2 (the reduction of Cody and Waite,
+/// ln 2 in two parts), then 1 + r + r^2 q(r), q the minimax polynomial of degree 4. Beyond float's range inf and 0.
+[[gnu::always_inline]] inline Vec::Reg exp_of(Vec::Reg x) {
+  x = Vec::min(Vec::set(89.0f), Vec::max(Vec::set(-104.0f), x));   // keep NaN
+  const Vec::Reg n = Vec::round(Vec::mul(x, Vec::set(0x1.715476p+0f)));
+  Vec::Reg r = Vec::madd(n, Vec::set(-0x1.62e400p-1f), x);
+  r = Vec::madd(n, Vec::set(-0x1.7f7d1cp-20f), r);
+  Vec::Reg q = Vec::set(0x1.6a2434p-10f);
+  q = Vec::madd(q, r, Vec::set(0x1.1239e2p-7f));
+  q = Vec::madd(q, r, Vec::set(0x1.5558f2p-5f));
+  q = Vec::madd(q, r, Vec::set(0x1.555492p-3f));
+  q = Vec::madd(q, r, Vec::set(0x1.fffffcp-2f));
+  q = Vec::madd(Vec::mul(r, r), q, r);
+  return Vec::scale(Vec::add(q, Vec::set(1.0f)), n);
+}
+
+[[gnu::always_inline]] inline Vec::Reg silu(Vec::Reg x) {
+  const Vec::Reg one = Vec::set(1.0f);
+  return Vec::div(x, Vec::add(one, exp_of(Vec::sub(Vec::set(0.0f), x))));
+}
+
+template <int W>
+void add_bias(float* sums, int32_t rows, const float* bias) {
+  for (int32_t r = 0; r < rows; ++r) {
+    for (int c = 0; c < W; c += Vec::kLanes) {
+      Vec::store(sums + r * W + c, Vec::add(Vec::load(sums + r * W + c), Vec::load(bias + c)));
+    }
+  }
+}
+
+template <int W, bool Add>
+void write_sums(const float* sums, int32_t rows, float* out, int64_t stride, int32_t columns) {
+  if (columns >= W) {   // masked stores are slow on many processors
+    for (int32_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < W; c += Vec::kLanes) {
+        Vec::Reg value = Vec::load(sums + r * W + c);
+        if constexpr (Add) value = Vec::add(Vec::load(out + r * stride + c), value);
+        Vec::store(out + r * stride + c, value);
+      }
+    }
+    return;
+  }
+  for (int32_t r = 0; r < rows; ++r) {
+    for (int32_t c = 0; c < columns; c += Vec::kLanes) {
+      Vec::Reg value = Vec::load(sums + r * W + c);
+      if constexpr (Add) value = Vec::add(Vec::get(out + r * stride + c, columns - c), value);
+      Vec::put(out + r * stride + c, value, columns - c);
+    }
+  }
+}
+
+/// The rows' gates and ups are combined as one long run of groups, so that a wide register never is half empty
+/// but at the end, where it reads (and computes for nothing) up to kLanes floats beyond.
+template <int W, class Out>
+void write_gated(const float* sums, int32_t rows, Out* out, int64_t stride, int32_t columns) {
+  constexpr int32_t kOutputs = W / 2;
+  float gated[16 * kOutputs + 2 * Vec::kLanes];
+  for (int32_t i = 0; i < rows * W; i += 2 * Vec::kLanes) {
+    Vec::store(gated + i / 2, Vec::mul(silu(Vec::gates(sums + i)), Vec::ups(sums + i)));
+  }
+  for (int32_t r = 0; r < rows; ++r) {
+    for (int32_t c = 0; c < kOutputs && c < columns; c += Vec::kLanes) {
+      const int32_t count = columns - c < kOutputs - c ? columns - c : kOutputs - c;
+      Vec::put(out + r * stride + c, Vec::load(gated + r * kOutputs + c), count);
+    }
+  }
+}
+
+// ---- Loops
+
+/// sums [R][W], from zero or from where they stand, += rows times panel over `steps` steps.
+template <class Format, int R, int C>
+void micro(const typename Format::In* in, int64_t stride, const typename Format::Weight* panel, int32_t steps,
+           bool from_zero, float* sums) {
+  constexpr int W = C * Vec::kLanes;
+  Vec::Reg acc[R][C];
+  if (from_zero) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[r][c] = Vec::set(0.0f);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[r][c] = Vec::load(sums + r * W + c * Vec::kLanes);
+    }
+  }
+#pragma GCC unroll 1
+  for (int32_t s = 0; s < steps; ++s) {
+    Format::template step<R, C>(in, stride, panel, acc);
+    in += Format::kInPerStep;
+    panel += Format::kPerStep * W;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) Vec::store(sums + r * W + c * Vec::kLanes, acc[r][c]);
+  }
+}
+
+/// micro<R> for a number of rows known only now; R counts down to it.
+template <class Format, int R, int C>
+[[gnu::always_inline]] inline void micro_rows(int32_t rows, const typename Format::In* in, int64_t stride,
+                                              const typename Format::Weight* panel, int32_t steps, bool from_zero,
+                                              float* sums) {
+  if (rows == R) {
+    micro<Format, R, C>(in, stride, panel, steps, from_zero, sums);
+  } else if constexpr (R > 1) {
+    micro_rows<Format, R - 1, C>(rows, in, stride, panel, steps, from_zero, sums);
+  }
+}
+
+/// Writes sums [rows][W] of a panel to rows of `task.out` that begin at `row`.
+template <class Format, int W>
+void finish(const GemmTask& task, int32_t p, int32_t row, int32_t rows, float* sums) {
+  if (task.bias != nullptr) add_bias<W>(sums, rows, task.bias + int64_t{p} * W);
+  if (task.epilogue == Epilogue::kGate) {
+    using Out = typename Format::Out;
+    Out* out = static_cast<Out*>(task.out) + row * task.out_stride + p * (W / 2);
+    write_gated<W, Out>(sums, rows, out, task.out_stride, task.columns - p * (W / 2));
+    return;
+  }
+  float* out = static_cast<float*>(task.out) + row * task.out_stride + p * W;
+  if (task.epilogue == Epilogue::kAdd) {
+    write_sums<W, true>(sums, rows, out, task.out_stride, task.columns - p * W);
+  } else {
+    write_sums<W, false>(sums, rows, out, task.out_stride, task.columns - p * W);
+  }
+}
+
+/// R rows by C registers at a time. k is walked in blocks that keep a tile's rows in the first cache and the
+/// panel's block in the second; between blocks the sums wait in memory, which changes no bit of them.
+template <class Format, int R, int C>
+void multiply(const GemmTask& task) {
+  constexpr int32_t W = C * Vec::kLanes;
+  using In = typename Format::In;
+  using Weight = typename Format::Weight;
+  const int32_t steps = (task.depth + Format::kPerStep - 1) / Format::kPerStep;
+  const int32_t blocks = (steps + Format::kBlockSteps - 1) / Format::kBlockSteps;
+  const int32_t block_steps = (steps + blocks - 1) / blocks;
+  const int32_t tiles = (task.rows + R - 1) / R;
+  for (int32_t p = task.panel_begin; p < task.panel_end; ++p) {
+    const Weight* panel = reinterpret_cast<const Weight*>(task.panels) + int64_t{p} * steps * Format::kPerStep * W;
+    for (int32_t begin = 0; begin < steps; begin += block_steps) {
+      const int32_t end = begin + block_steps < steps ? begin + block_steps : steps;
+      for (int32_t tile = 0; tile < tiles; ++tile) {   // of equal size, give or take a row
+        const int32_t row = static_cast<int32_t>(int64_t{tile} * task.rows / tiles);
+        const int32_t rows = static_cast<int32_t>(int64_t{tile + 1} * task.rows / tiles) - row;
+        float* sums = task.sums + (blocks > 1 ? row * W : 0);
+        const In* in = static_cast<const In*>(task.in) + row * task.in_stride + int64_t{begin} * Format::kInPerStep;
+        micro_rows<Format, R, C>(rows, in, task.in_stride, panel + int64_t{begin} * Format::kPerStep * W, end - begin,
+                                 begin == 0, sums);
+        if (end == steps) finish<Format, W>(task, p, row, rows, sums);
+      }
+    }
+  }
+}
+
+// ---- Probes
+
+template <int R>
+double peak_of_fma(int64_t rounds) {
+  Vec::Reg acc[R];
+  const Vec::Reg x = Vec::set(0.5f);
+  const Vec::Reg y = Vec::set(1.0f);
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r) acc[r] = y;
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) acc[r] = Vec::madd(acc[r], x, y);
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) Vec::touch(acc[r]);
+  }
+  return 2.0 * R * Vec::kLanes * static_cast<double>(rounds);
+}

@@ -1,0 +1,104 @@
+// GEMM for AVX2 with FMA. bf16 weights are widened on the way to the registers.
+#include <immintrin.h>
+
+#include "cpu/gemm.h"
+
+namespace splitfuse {
+namespace {
+
+#include "cpu/vector_avx2-inl.h"
+
+struct Vec : Avx2 {
+  using Avx2::put;
+
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }   // the second if one is NaN
+  static Reg round(Reg x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static void touch(Reg& x) { asm volatile("" : "+x"(x)); }      // the compiler may not know what x is
+
+  /// x * 2^n for whole n, in two factors so that results may underflow or overflow.
+  static Reg scale(Reg x, Reg n) {
+    const __m256i whole = _mm256_cvtps_epi32(n);
+    const __m256i half = _mm256_srai_epi32(whole, 1);
+    return mul(mul(x, power(half)), power(_mm256_sub_epi32(whole, half)));
+  }
+  static Reg power(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
+
+  /// The first, the second of kLanes pairs of bf16.
+  static Reg load_first(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+  }
+  static Reg load_second(const uint16_t* p) {
+    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), upper));
+  }
+
+  /// Of 2 kLanes sums in groups of 8: those of gate, those of up.
+  static Reg gates(const float* p) { return load(p); }
+  static Reg ups(const float* p) { return load(p + 8); }
+
+  /// As bf16, any number of lanes.
+  static void put(uint16_t* p, Reg x, int n) {
+    const __m128i all = to_bf16(x);
+    if (n >= kLanes) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), all);
+      return;
+    }
+    uint16_t lanes[kLanes];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(lanes), all);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+};
+
+#include "cpu/gemm-inl.h"
+
+constexpr int kRows = 6;
+constexpr int kRegisters = 2;   // columns of a panel: 12 sums, 2 weights and 1 broadcast of 16 registers
+
+void widen(const void* in, int64_t count, float* out) {
+  const auto* values = static_cast<const uint16_t*>(in);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i)));
+    _mm256_storeu_ps(out + i, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+  }
+  for (; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(values[i]) << 16;
+    __builtin_memcpy(out + i, &bits, sizeof bits);
+  }
+}
+
+uint64_t read(const std::byte* data, int64_t bytes) {
+  __m256i all[8];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) all[j] = _mm256_setzero_si256();
+  for (int64_t i = 0; i < bytes; i += 256) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      all[j] = _mm256_or_si256(all[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 32 * j)));
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 1; j < 8; ++j) all[0] = _mm256_or_si256(all[0], all[j]);
+  return static_cast<uint64_t>(_mm256_extract_epi64(all[0], 0) | _mm256_extract_epi64(all[0], 2));
+}
+
+}  // namespace
+
+void add_gemm_avx2(GemmTable& table) {
+  table.f32 = {.width = kRegisters * Vec::kLanes,
+               .row_tile = kRows,
+               .multiply = multiply<F32Format, kRows, kRegisters>,
+               .widen = nullptr,
+               .peak = peak_of_fma<12>};
+  table.bf16 = {.width = kRegisters * Vec::kLanes,
+                .row_tile = kRows,
+                .multiply = multiply<WideBf16Format, kRows, kRegisters>,
+                .widen = widen,
+                .peak = peak_of_fma<12>};
+  table.read = read;
+}
+
+}  // namespace splitfuse

@@ -1,0 +1,82 @@
+#include "cpu/isa.h"
+
+#include <array>
+#include <cstdlib>
+#include <vector>
+
+#include "base/check.h"
+#include "splitfuse/config.h"
+#include "splitfuse/types.h"
+
+namespace splitfuse {
+namespace {
+
+constexpr std::array kLadder = {Isa::kRef, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr const char* kOverride = "SPLITFUSE_CPU_ISA";
+
+Isa best() {
+  Isa isa = Isa::kRef;
+  for (Isa rung : kLadder) {
+    if (isa_available(rung)) isa = rung;
+  }
+  return isa;
+}
+
+Isa named(const std::string& name, const std::string& asked_by) {
+  for (Isa rung : kLadder) {
+    if (name == isa_name(rung) && isa_available(rung)) return rung;
+  }
+  std::string have = "auto";
+  for (const std::string& isa : cpu_isas()) have += ", " + isa;
+  bool known = false;
+  for (Isa rung : kLadder) known |= name == isa_name(rung);
+  throw ConfigError(cat(asked_by, ": ", known ? "this machine cannot run the instruction set '" : "no instruction set '",
+                        name, "'; choose one of: ", have));
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kRef: return "ref";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Bf16: return "avx512_bf16";
+  }
+  return "?";
+}
+
+bool isa_available(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  switch (isa) {
+    case Isa::kRef: return true;
+    case Isa::kAvx2: return avx2;
+    case Isa::kAvx512: return avx512;
+    case Isa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+  }
+  return false;
+#else
+  return isa == Isa::kRef;
+#endif
+}
+
+Isa isa_from_name(const std::string& name) {
+  if (name != "auto") return named(name, "isa");
+  const char* forced = std::getenv(kOverride);
+  if (forced == nullptr || *forced == '\0' || std::string(forced) == "auto") return best();
+  return named(forced, kOverride);
+}
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (Isa rung : kLadder) {
+    if (isa_available(rung)) names.emplace_back(isa_name(rung));
+  }
+  return names;
+}
+
+}  // namespace splitfuse

@@ -1,0 +1,25 @@
+// The ladder of instruction sets that the CPU backend has kernels for.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace splitfuse {
+
+/// Each rung implies those below it: a table of functions starts at kRef, and every rung up to the chosen one
+/// replaces the entries it improves. Places kept for later rungs: AVX2-VNNI after kAvx2, AVX-512-VNNI after
+/// kAvx512, AMX after kAvx512Bf16; NEON will be a ladder of its own above kRef.
+enum class Isa : uint8_t { kRef, kAvx2, kAvx512, kAvx512Bf16 };
+
+/// "ref", "avx2", "avx512" or "avx512_bf16".
+const char* isa_name(Isa isa);
+
+/// True if this processor and its operating system can run the rung.
+bool isa_available(Isa isa);
+
+/// The rung of that name. "auto" is the best one available, or the one that the environment variable
+/// SPLITFUSE_CPU_ISA names. Throws ConfigError, listing what there is, for a name that is unknown or a rung that
+/// is not available here.
+Isa isa_from_name(const std::string& name);
+
+}  // namespace splitfuse

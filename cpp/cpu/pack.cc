@@ -1,0 +1,155 @@
+#include "cpu/pack.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "backend/backend.h"
+#include "base/check.h"
+#include "base/numeric.h"
+
+namespace splitfuse {
+namespace {
+
+// How the elements of host tensors become floats.
+struct FromF32 {
+  using Element = float;
+  static float value(float element) { return element; }
+};
+struct FromBf16 {
+  using Element = uint16_t;
+  static float value(uint16_t element) { return bf16_to_float(element); }
+};
+struct FromF16 {
+  using Element = uint16_t;
+  static float value(uint16_t element) { return f16_to_float(element); }
+};
+
+// How floats become elements of panels, and how many neighbours along k lie together there.
+struct ToF32 {
+  using Element = float;
+  static constexpr int32_t kTogether = 1;
+  static float element(float value) { return value; }
+};
+struct ToBf16 {
+  using Element = uint16_t;
+  static constexpr int32_t kTogether = 2;
+  static uint16_t element(float value) { return float_to_bf16(value); }
+};
+
+template <class Function>
+void with_source(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::kF32: function(FromF32{}); return;
+    case DType::kBF16: function(FromBf16{}); return;
+    case DType::kF16: function(FromF16{}); return;
+  }
+}
+
+/// The part of one panel that `weight`'s rows [begin, end) fill; they become rows `row` + begin and on of the linear.
+/// Row by row would touch a cache line for each element; so the panel is written once, from front to back.
+template <class From, class To>
+void pack_panel(const typename From::Element* weight, int32_t begin, int32_t end, int32_t row, int32_t k,
+                const PackedLayout& layout, Rows which, typename To::Element* panel) {
+  int32_t columns[kWidestPanel];
+  for (int32_t r = begin; r < end; ++r) columns[r - begin] = layout.column(which, row + r) % layout.width();
+  for (int32_t first = 0; first < k; first += To::kTogether) {
+    const int32_t together = std::min(To::kTogether, k - first);
+    auto* step = panel + int64_t{first} * layout.width();
+    for (int32_t r = begin; r < end; ++r) {
+      const auto* from = weight + int64_t{r} * k + first;
+      for (int32_t i = 0; i < together; ++i) {
+        step[columns[r - begin] * To::kTogether + i] = To::element(From::value(from[i]));
+      }
+    }
+  }
+}
+
+template <class From, class To>
+void pack_panels(const Linear& linear, const PackedLayout& layout, Rows which, int32_t row, const TensorView& weight,
+                 ThreadPool& pool) {
+  const auto rows = static_cast<int32_t>(weight.shape[0]);
+  const int32_t per_panel = layout.rows_of_panel();
+  const int32_t first = row / per_panel;
+  const int32_t last = (row + rows - 1) / per_panel;
+  const auto* data = static_cast<const typename From::Element*>(weight.data);
+  pool.run([&](int thread) {
+    for (int32_t p = first + thread; p <= last; p += pool.size()) {
+      const int32_t begin = std::max(p * per_panel - row, 0);
+      const int32_t end = std::min((p + 1) * per_panel - row, rows);
+      auto* panel = reinterpret_cast<typename To::Element*>(linear.data + p * layout.panel_bytes());
+      pack_panel<From, To>(data, begin, end, row, linear.k, layout, which, panel);
+    }
+  });
+}
+
+void check_rows(const Linear& linear, Rows which, int32_t row, const TensorView& tensor, size_t rank) {
+  const bool fits = tensor.shape.size() == rank && (rank == 1 || tensor.shape[1] == linear.k) && row >= 0 &&
+                    tensor.shape[0] >= 0 && row + tensor.shape[0] <= linear.n &&
+                    linear.gated == (which != Rows::kPlain);
+  if (fits) return;
+  std::string shape;
+  for (int64_t size : tensor.shape) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  throw InvalidArgument(cat("a tensor [", shape, "] does not fit at row ", row, " of a ",
+                            linear.gated ? "gated linear [" : "linear [", linear.n, ", ", linear.k, "]"));
+}
+
+}  // namespace
+
+PackedLayout::PackedLayout(const LinearShape& shape, DType dtype, int32_t width) : width_(width), gated_(shape.gated) {
+  const int32_t columns = shape.gated ? 2 * round_up(shape.n, kGateGroup) : shape.n;
+  panels_ = ceil_div(columns, width);
+  panel_bytes_ = (dtype == DType::kBF16 ? round_up(shape.k, 2) : shape.k) * int64_t{width} * dtype_size(dtype);
+  const int64_t bias_bytes = shape.bias ? int64_t{panels_} * width * int64_t{sizeof(float)} : 0;
+  bytes_ = round_up<int64_t>(bias_offset() + bias_bytes, 64);
+}
+
+void pack_weight(const Linear& linear, const PackedLayout& layout, DType dtype, Rows which, int32_t row,
+                 const TensorView& weight, ThreadPool& pool) {
+  check_rows(linear, which, row, weight, 2);
+  if (weight.shape[0] == 0) return;
+  with_source(weight.dtype, [&](auto from) {
+    using From = decltype(from);
+    if (dtype == DType::kBF16) {
+      pack_panels<From, ToBf16>(linear, layout, which, row, weight, pool);
+    } else {
+      pack_panels<From, ToF32>(linear, layout, which, row, weight, pool);
+    }
+  });
+}
+
+void pack_bias(const Linear& linear, const PackedLayout& layout, Rows which, int32_t row, const TensorView& bias) {
+  if (!linear.bias) throw InvalidArgument("a bias for a linear that has none");
+  check_rows(linear, which, row, bias, 1);
+  auto* packed = reinterpret_cast<float*>(linear.data + layout.bias_offset());
+  with_source(bias.dtype, [&](auto from) {
+    using From = decltype(from);
+    const auto* data = static_cast<const typename From::Element*>(bias.data);
+    for (int32_t r = 0; r < bias.shape[0]; ++r) packed[layout.column(which, row + r)] = From::value(data[r]);
+  });
+}
+
+void to_f32(const TensorView& tensor, float* out) {
+  int64_t count = 1;
+  for (int64_t size : tensor.shape) count *= size;
+  with_source(tensor.dtype, [&](auto from) {
+    using From = decltype(from);
+    const auto* data = static_cast<const typename From::Element*>(tensor.data);
+    for (int64_t i = 0; i < count; ++i) out[i] = From::value(data[i]);
+  });
+}
+
+void unpack_row(const Linear& linear, const PackedLayout& layout, DType dtype, int32_t row, float* out) {
+  const std::byte* panel = linear.data + row / layout.width() * layout.panel_bytes();
+  const int32_t column = row % layout.width();
+  if (dtype == DType::kF32) {
+    const float* from = reinterpret_cast<const float*>(panel) + column;
+    for (int32_t k = 0; k < linear.k; ++k) out[k] = from[int64_t{k} * layout.width()];
+    return;
+  }
+  const uint16_t* from = reinterpret_cast<const uint16_t*>(panel) + int64_t{column} * 2;
+  for (int32_t k = 0; k < linear.k; ++k) {
+    out[k] = bf16_to_float(from[int64_t{k / 2} * 2 * layout.width() + k % 2]);
+  }
+}
+
+}  // namespace splitfuse

@@ -1,0 +1,61 @@
+#include "cpu/roofline.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+
+#include "base/memory.h"
+#include "base/thread_pool.h"
+#include "cpu/linear.h"
+
+namespace splitfuse {
+namespace {
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+/// Largest work per second of any pass; `pass` returns its work. One pass goes before, to warm up.
+template <class Pass>
+double best_rate(double seconds, Pass&& pass) {
+  pass();
+  double best = 0;
+  const double end = now() + seconds;
+  do {
+    const double begin = now();
+    const double work = pass();
+    best = std::max(best, work / (now() - begin));
+  } while (now() < end);
+  return best;
+}
+
+}  // namespace
+
+Roofline measure_roofline(DType dtype, int threads, Isa isa, double seconds) {
+  constexpr int64_t kReadBytes = int64_t{512} << 20;
+  constexpr int64_t kLine = 512;
+  constexpr int64_t kRounds = 100000;
+  ThreadPool pool(threads);
+  const GemmTable table = gemm_table(isa);
+  const GemmKernel& kernel = dtype == DType::kBF16 ? table.bf16 : table.f32;
+  std::atomic<uint64_t> sink{0};   // keeps the reads from being left out
+
+  Roofline roofline;
+  const Memory memory(kReadBytes);
+  roofline.read_gbps = 1e-9 * best_rate(seconds / 2, [&] {
+    pool.run([&](int thread) {
+      const int64_t begin = kReadBytes / kLine * thread / pool.size() * kLine;
+      const int64_t end = kReadBytes / kLine * (thread + 1) / pool.size() * kLine;
+      sink.fetch_or(table.read(memory.data() + begin, end - begin), std::memory_order_relaxed);
+    });
+    return static_cast<double>(kReadBytes);
+  });
+  roofline.peak_gflops = 1e-9 * best_rate(seconds / 2, [&] {
+    std::atomic<double> done{0};
+    pool.run([&](int) { done.fetch_add(kernel.peak(kRounds)); });
+    return done.load();
+  });
+  return roofline;
+}
+
+}  // namespace splitfuse

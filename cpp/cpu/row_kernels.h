@@ -1,0 +1,37 @@
+// What rows.cc and sampler.cc ask of an instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "splitfuse/types.h"
+
+namespace splitfuse {
+
+/// The largest value of a row and the lowest index that has it; only `nan` counts if the row holds a NaN.
+struct RowMax {
+  float value = 0.0f;
+  int32_t index = 0;
+  bool nan = false;
+};
+
+struct RowKernels {
+  /// out [columns] = x / sqrt(mean(x^2) + eps) * weight, in the format the table was made for.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int32_t columns, void* out) = nullptr;
+  /// Over x [count], count >= 1.
+  RowMax (*max)(const float* x, int32_t count) = nullptr;
+  /// out [count] = 2^((x - max) * scale) where x >= floor, else 0. Returns their sum, added in double.
+  double (*weigh)(const float* x, int32_t count, float max, float scale, float floor, float* out) = nullptr;
+  /// The i with x[i] >= floor, ascending, into `out` [count]. Returns their number.
+  int32_t (*find)(const float* x, int32_t count, float floor, int32_t* out) = nullptr;
+};
+
+/// Each replaces the entries it improves. `dtype`: float32 or bfloat16, of rms_norm's output.
+void row_kernels_ref(DType dtype, RowKernels& kernels);
+void row_kernels_avx2(DType dtype, RowKernels& kernels);
+void row_kernels_avx512(DType dtype, RowKernels& kernels);
+
+/// The table for a rung of the ladder.
+RowKernels make_row_kernels(DType dtype, Isa isa);
+
+}  // namespace splitfuse

@@ -1,0 +1,253 @@
+// One step: plan, reserve, build, forward, sample, commit. A failure before commit leaves every sequence as it was.
+#include <algorithm>
+#include <chrono>
+
+#include "base/check.h"
+#include "engine/engine_impl.h"
+
+namespace splitfuse {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double microseconds(Clock::time_point begin, Clock::time_point end) {
+  return std::chrono::duration<double, std::micro>(end - begin).count();
+}
+
+bool is_decode(const Sequence& seq) { return seq.computed > 0 && seq.todo() == 1; }
+
+}  // namespace
+
+const StepOutput& Engine::Impl::step(const StepPlan* plan) {
+  const auto begin = Clock::now();
+  output_.sampled.clear();
+  output_.prompt.clear();
+  output_.top.clear();
+  output_.chunks.clear();
+  output_.preempted.clear();
+  output_.decode_tokens = output_.prefill_tokens = output_.cached_tokens = 0;
+  output_.host_us = output_.forward_us = 0;
+
+  if (plan) {
+    check_plan(*plan);
+  } else {
+    make_views(views_);
+    plan_splitfuse(views_, limits(), plan_);
+    plan = &plan_;
+  }
+  // Preemption is a change of its own: it costs a recomputation, never a token, so it is not undone.
+  for (SeqId id : plan->preempt) {
+    Sequence& seq = find(id);
+    drop_blocks(seq);
+    ++seq.preemptions;
+    output_.preempted.push_back(id);
+  }
+  if (plan->chunks.empty()) return output_;
+  reserve(*plan);
+  const auto planned = Clock::now();
+  try {
+    run();
+  } catch (...) {
+    unreserve();
+    throw;
+  }
+  const auto ran = Clock::now();
+  commit(*plan);
+  output_.forward_us = microseconds(planned, ran);
+  output_.host_us = microseconds(begin, planned) + microseconds(ran, Clock::now());
+  return output_;
+}
+
+/// Takes what the prefix cache holds of a sequence that has not begun. At least one token is left to compute,
+/// since its logits are needed; prompt log-probabilities need them all.
+void Engine::Impl::attach_prefix(Sequence& seq) {
+  if (!pool_.prefix_caching() || seq.computed > 0 || seq.wants_prompt_logprobs()) return;
+  const auto keys = seq.keys_to(seq.known() - 1, config_.block_size, keyer_);
+  const int32_t found = pool_.match(keys);
+  if (seq.preemptions == 0) {
+    prefix_queries_ += seq.known();
+    prefix_hits_ += found * config_.block_size;
+  }
+  if (found == 0) return;
+  pool_.share(keys.first(found), seq.blocks);
+  seq.computed = found * config_.block_size;
+  output_.cached_tokens += seq.computed;
+  ++holders_;
+}
+
+/// Every sequence that holds blocks, and as many waiting ones as the budget could take, in service order; then
+/// the finished ones, as victims.
+void Engine::Impl::make_views(std::vector<SeqView>& out) {
+  out.clear();
+  const auto add = [&](const Sequence& seq, int32_t known) {
+    out.push_back({seq.id, known, seq.computed, static_cast<int32_t>(seq.blocks.size()), pool_.shared(seq.blocks),
+                   seq.priority});
+  };
+  int32_t holders = holders_;
+  int32_t tokens = budget_, slots = sizing_.limits.max_seqs;
+  for (Sequence* seq : live_) {
+    const bool waiting = seq->blocks.empty();
+    if (waiting && (tokens <= 0 || slots <= 0)) {
+      if (holders == 0) break;
+      continue;
+    }
+    if (waiting) {
+      attach_prefix(*seq);
+    } else {
+      --holders;
+    }
+    tokens -= seq->todo();
+    --slots;
+    add(*seq, seq->known());
+  }
+  for (const Sequence* seq : idle_) {
+    if (!seq->blocks.empty()) add(*seq, seq->computed);
+  }
+}
+
+void Engine::Impl::check_plan(const StepPlan& plan) {
+  const auto refuse = [](const auto&... what) { throw InvalidArgument(cat("the plan cannot be served: ", what...)); };
+  if (static_cast<int64_t>(plan.chunks.size()) > sizing_.limits.max_seqs) {
+    refuse(plan.chunks.size(), " sequences, the forward takes ", sizing_.limits.max_seqs);
+  }
+  int64_t tokens = 0, need = 0;
+  named_.clear();
+  tables_.clear();
+  for (SeqId id : plan.preempt) {
+    const Sequence& seq = find(id);
+    if (seq.blocks.empty()) refuse("sequence ", id, " to preempt holds no blocks");
+    tables_.emplace_back(seq.blocks);
+    named_.push_back(id);
+  }
+  for (const Chunk& chunk : plan.chunks) {
+    const Sequence& seq = find(chunk.id);
+    if (chunk.tokens < 1 || chunk.tokens > seq.todo()) {
+      refuse("a chunk of ", chunk.tokens, " tokens of sequence ", chunk.id, ", which has ", seq.todo(), " to do");
+    }
+    tokens += chunk.tokens;
+    need += ceil_div(seq.computed + chunk.tokens, config_.block_size) - static_cast<int32_t>(seq.blocks.size());
+    named_.push_back(chunk.id);
+  }
+  std::sort(named_.begin(), named_.end());
+  const auto twice = std::adjacent_find(named_.begin(), named_.end());
+  if (twice != named_.end()) refuse("sequence ", *twice, " is named twice");
+  if (tokens > sizing_.limits.max_rows) refuse(tokens, " tokens, the forward takes ", sizing_.limits.max_rows);
+  const int32_t available = pool_.available_after(tables_);
+  if (need > available) refuse("it needs ", need, " KV blocks, ", available, " would be free");
+}
+
+void Engine::Impl::drop_blocks(Sequence& seq) {
+  if (seq.blocks.empty()) return;
+  pool_.release(seq.blocks);
+  seq.blocks.clear();
+  seq.computed = 0;
+  if (seq.finish == Finish::kNone) --holders_;
+}
+
+void Engine::Impl::reserve(const StepPlan& plan) {
+  builder_.clear();
+  reserved_.clear();
+  for (const Chunk& chunk : plan.chunks) {
+    Sequence& seq = find(chunk.id);
+    const auto before = static_cast<int32_t>(seq.blocks.size());
+    const int32_t more = ceil_div(seq.computed + chunk.tokens, config_.block_size) - before;
+    reserved_.emplace_back(&seq, before);
+    const bool enough = pool_.allocate(more, seq.blocks);
+    SPLITFUSE_ASSERT(enough);
+    if (before == 0) ++holders_;
+    builder_.add(seq, chunk.tokens);
+  }
+}
+
+void Engine::Impl::unreserve() {
+  for (const auto& [seq, before] : reserved_) {
+    pool_.release(std::span<const BlockId>(seq->blocks).subspan(before));
+    seq->blocks.resize(before);
+    if (before == 0) --holders_;
+  }
+}
+
+void Engine::Impl::run() {
+  decoder_->forward(builder_.batch());
+  choose();
+}
+
+/// Makes logits and chooses from them a group of rows at a time, so that no buffer holds them all.
+void Engine::Impl::choose() {
+  const auto& wanted = builder_.logit_rows();
+  for (size_t begin = 0; begin < wanted.size(); begin += sizing_.limits.max_logit_rows) {
+    const size_t count = std::min<size_t>(wanted.size() - begin, sizing_.limits.max_logit_rows);
+    rows_.clear();
+    sample_rows_.clear();
+    for (const LogitRow& row : std::span(wanted).subspan(begin, count)) {
+      const Sequence& seq = *row.seq;
+      SampleRow sample;
+      sample.params = &seq.params;
+      sample.tokens = std::span(seq.tokens).first(row.position + 1);
+      sample.prompt = seq.prompt;
+      sample.top = row.samples ? seq.params.logprobs : seq.params.prompt_logprobs;
+      if (!row.samples) sample.target = seq.tokens[row.position + 1];
+      if (row.samples && seq.output() < seq.params.min_tokens) sample.stop_ids = seq.stop_ids;
+      rows_.push_back(row.row);
+      sample_rows_.push_back(sample);
+    }
+    float* logits = decoder_->logits(rows_);
+    backend_->sample(logits, sample_rows_, std::span(results_).subspan(begin, count));
+  }
+}
+
+void Engine::Impl::commit(const StepPlan& plan) {
+  for (const Chunk& chunk : plan.chunks) {
+    const Sequence& seq = find(chunk.id);
+    (is_decode(seq) ? output_.decode_tokens : output_.prefill_tokens) += chunk.tokens;
+    output_.chunks.push_back(chunk);
+  }
+  // A sequence whose logits were not finite ends here, before its blocks could be published.
+  const auto& wanted = builder_.logit_rows();
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (wanted[i].samples && results_[i].token < 0) wanted[i].seq->finish = Finish::kError;
+  }
+  for (const Chunk& chunk : plan.chunks) commit_chunk(find(chunk.id), chunk.tokens);
+  for (size_t i = 0; i < wanted.size(); ++i) commit_logits(wanted[i], results_[i]);
+}
+
+void Engine::Impl::commit_chunk(Sequence& seq, int32_t tokens) {
+  const int32_t full_before = seq.computed / config_.block_size;
+  seq.computed += tokens;
+  if (!pool_.prefix_caching() || seq.finish == Finish::kError) return;
+  const auto keys = seq.keys_to(seq.computed, config_.block_size, keyer_);
+  for (auto i = static_cast<size_t>(full_before); i < keys.size(); ++i) {
+    seq.blocks[i] = pool_.publish(seq.blocks[i], keys[i]);
+  }
+}
+
+Finish Engine::Impl::finish_of(const Sequence& seq, Token token) const {
+  if (std::find(seq.stop_ids.begin(), seq.stop_ids.end(), token) != seq.stop_ids.end()) return Finish::kStop;
+  const bool full = seq.output() >= seq.params.max_tokens || seq.known() >= sizing_.plan.max_model_len;
+  return full ? Finish::kLength : Finish::kNone;
+}
+
+void Engine::Impl::commit_logits(const LogitRow& row, const SampleResult& result) {
+  Sequence& seq = *row.seq;
+  const auto top_begin = static_cast<int32_t>(output_.top.size());
+  output_.top.insert(output_.top.end(), result.top, result.top + result.top_count);
+  if (!row.samples) {
+    output_.prompt.push_back({seq.id, row.position + 1, seq.tokens[row.position + 1], result.logprob, top_begin,
+                              result.top_count});
+    seq.reported = row.position + 2;
+    return;
+  }
+  Sampled sampled{seq.id, result.token, Finish::kError, result.logprob, top_begin, result.top_count};
+  // Out of live_ while its place there can still be found.
+  if (result.token >= 0) {
+    seq.tokens.push_back(result.token);
+    sampled.finish = finish_of(seq, result.token);
+  }
+  output_.sampled.push_back(sampled);
+  if (sampled.finish == Finish::kNone) return;
+  retire(seq);
+  seq.finish = sampled.finish;
+  idle_.push_back(&seq);
+}
+
+}  // namespace splitfuse

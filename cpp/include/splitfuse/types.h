@@ -1,0 +1,60 @@
+// The vocabulary every part of splitfuse shares: ids, number formats and the typed errors.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace splitfuse {
+
+using SeqId = int64_t;
+using Token = int32_t;
+
+/// A number format, of weights, activations or KV cache.
+enum class DType : uint8_t { kF32, kBF16, kF16 };
+
+/// Bytes of one element.
+int64_t dtype_size(DType dtype);
+/// "float32", "bfloat16" or "float16".
+const char* dtype_name(DType dtype);
+/// The inverse of dtype_name. Throws ConfigError for any other name.
+DType dtype_from_name(const std::string& name);
+
+/// The root of everything this library throws on purpose. The message says what was wrong, what was
+/// expected and what to do.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// A model or engine configuration that cannot be run.
+class ConfigError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A checkpoint that is missing, damaged, or not what its configuration says.
+class CheckpointError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A memory plan that does not fit; carries the numbers in its message.
+class MemoryError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A plan, id or argument that the engine refuses; nothing has changed.
+class InvalidArgument : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A call in a state that forbids it: after close, or from two threads at once.
+class StateError : public Error {
+ public:
+  using Error::Error;
+};
+
+}  // namespace splitfuse

@@ -1,0 +1,92 @@
+// Where weights come from. The library reads tensors by canonical name, one at a time:
+//
+//   embed.weight [vocab, hidden]       final_norm.weight [hidden]     lm_head.weight [vocab, hidden]
+//   layers.N.attn_norm.weight [hidden] layers.N.mlp_norm.weight [hidden]
+//   layers.N.attn.q.weight [heads * head_dim, hidden]     .bias where attention_bias
+//   layers.N.attn.k.weight, layers.N.attn.v.weight [kv_heads * head_dim, hidden]
+//   layers.N.attn.o.weight [hidden, heads * head_dim]
+//   layers.N.mlp.gate.weight, layers.N.mlp.up.weight [intermediate, hidden]   .bias where mlp_bias
+//   layers.N.mlp.down.weight [hidden, intermediate]
+//
+// q and k rows are in the half-split RoPE order (dimension i pairs with i + head_dim / 2).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "splitfuse/config.h"
+#include "splitfuse/types.h"
+
+namespace splitfuse {
+
+/// A tensor as it lies in memory: dense, row-major, little-endian.
+struct TensorView {
+  DType dtype = DType::kF32;
+  std::vector<int64_t> shape;
+  const void* data = nullptr;
+};
+
+/// Hands out tensors by canonical name. Used by one thread, while an Engine is being constructed.
+class WeightSource {
+ public:
+  virtual ~WeightSource() = default;
+  /// Every canonical name this source can give.
+  virtual std::vector<std::string> names() const = 0;
+  /// The tensor; its data stays valid until the next call of read() or release(). Throws
+  /// CheckpointError if there is none of that name.
+  virtual TensorView read(const std::string& name) = 0;
+  /// Of the last read(), the first `bytes` were used and their memory may be dropped. A hint, so that a tensor
+  /// as large as an embedding table is never wholly in memory twice.
+  virtual void consumed(int64_t /*bytes*/) {}
+  /// Memory behind the last read() may be dropped.
+  virtual void release() {}
+};
+
+/// Reads safetensors files, mapped, one tensor at a time. `files`: paths of all shards. `names`:
+/// (canonical name, name in the files); tensors of the files that are not named are left alone.
+/// Throws CheckpointError on a missing, truncated or corrupt file, overlapping tensors, a name in
+/// two shards, a named tensor that is absent, or a dtype that is not float32, bfloat16 or float16.
+std::unique_ptr<WeightSource> open_safetensors(
+    const std::vector<std::string>& files,
+    const std::vector<std::pair<std::string, std::string>>& names);
+
+/// What one safetensors file says of itself, tensors not read.
+struct SafetensorsHeader {
+  struct Tensor {
+    std::string name;
+    std::string dtype;   // as written: "F32", "BF16", "I64", ...
+    std::vector<int64_t> shape;
+  };
+  std::vector<Tensor> tensors;   // in the order of their data
+  std::vector<std::pair<std::string, std::string>> metadata;
+};
+/// Throws CheckpointError as open_safetensors does.
+SafetensorsHeader read_safetensors_header(const std::string& file);
+
+/// A canonical checkpoint: what `splitfuse convert` writes and C++ opens alone.
+struct Checkpoint {
+  ModelConfig config;
+  std::unique_ptr<WeightSource> weights;
+};
+/// `path`: a canonical safetensors file, or the directory that `splitfuse convert` wrote. Throws
+/// CheckpointError or ConfigError.
+Checkpoint open_checkpoint(const std::string& path);
+
+/// Long work reports (bytes done, bytes in all).
+using ProgressFn = std::function<void(int64_t done, int64_t total)>;
+
+/// Writes every tensor that `config` needs as a canonical checkpoint at `file`, converted to `dtype`, one
+/// tensor at a time; the file appears whole or not at all. Throws CheckpointError, with the reason, if a
+/// tensor is missing or misshapen or the file cannot be written.
+void write_checkpoint(const ModelConfig& config, WeightSource& weights, DType dtype, const std::string& file,
+                      const ProgressFn& progress = {});
+
+/// Every (canonical name, shape) that a model of this configuration needs, in loading order.
+std::vector<std::pair<std::string, std::vector<int64_t>>> weight_shapes(const ModelConfig& config);
+
+}  // namespace splitfuse

@@ -1,0 +1,130 @@
+// Errors and plain configuration data.
+#include <pybind11/operators.h>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+using namespace splitfuse;
+
+void set_fields(const py::object& self, const py::kwargs& fields) {
+  for (const auto& [name, value] : fields) {
+    if (!py::hasattr(py::type::of(self), name)) {
+      throw py::type_error(py::str("{} has no field '{}'").format(py::type::of(self).attr("__name__"), name));
+    }
+    self.attr(name) = value;
+  }
+}
+
+ProgressFn progress_from(const py::object& callback) {
+  if (callback.is_none()) return {};
+  return [callback](int64_t done, int64_t total) {
+    py::gil_scoped_acquire gil;
+    callback(done, total);
+  };
+}
+
+void register_errors(py::module_& module) {
+  // Each is also the built-in exception that callers would catch for its kind of fault.
+  const py::object base = py::register_exception<Error>(module, "Error", PyExc_RuntimeError);
+  const auto derive = [&](PyObject* builtin) {
+    return py::make_tuple(base, py::reinterpret_borrow<py::object>(builtin));
+  };
+  py::register_exception<ConfigError>(module, "ConfigError", derive(PyExc_ValueError));
+  py::register_exception<CheckpointError>(module, "CheckpointError", base);
+  py::register_exception<splitfuse::MemoryError>(module, "MemoryError", derive(PyExc_MemoryError));
+  py::register_exception<InvalidArgument>(module, "InvalidArgument", derive(PyExc_ValueError));
+  py::register_exception<StateError>(module, "StateError", base);
+}
+
+namespace {
+
+/// dtype fields are strings in Python.
+template <class T, class Class>
+void def_dtype(Class& type, const char* name, DType T::*field) {
+  type.def_property(
+      name, [field](const T& self) { return dtype_name(self.*field); },
+      [field](T& self, const std::string& value) { self.*field = dtype_from_name(value); });
+}
+
+/// T(**fields)
+template <class T>
+py::class_<T> def_data(py::module_& module, const char* name) {
+  py::class_<T> type(module, name);
+  type.def(py::init<>());
+  const py::object plain = type.attr("__init__");
+  type.attr("__init__") = py::cpp_function(
+      [plain](const py::object& self, const py::kwargs& fields) {
+        plain(self);
+        set_fields(self, fields);
+      },
+      py::name("__init__"), py::is_method(type));
+  return type;
+}
+
+}  // namespace
+
+void register_config(py::module_& module) {
+  def_data<RopeConfig>(module, "RopeConfig")
+      .def_readwrite("scaling", &RopeConfig::scaling)
+      .def_readwrite("theta", &RopeConfig::theta)
+      .def_readwrite("factor", &RopeConfig::factor)
+      .def_readwrite("low_freq_factor", &RopeConfig::low_freq_factor)
+      .def_readwrite("high_freq_factor", &RopeConfig::high_freq_factor)
+      .def_readwrite("original_max_position", &RopeConfig::original_max_position)
+      .def(py::self == py::self);
+
+  def_data<ModelConfig>(module, "ModelConfig")
+      .def_readwrite("family", &ModelConfig::family)
+      .def_readwrite("vocab_size", &ModelConfig::vocab_size)
+      .def_readwrite("hidden_size", &ModelConfig::hidden_size)
+      .def_readwrite("num_layers", &ModelConfig::num_layers)
+      .def_readwrite("num_heads", &ModelConfig::num_heads)
+      .def_readwrite("num_kv_heads", &ModelConfig::num_kv_heads)
+      .def_readwrite("head_dim", &ModelConfig::head_dim)
+      .def_readwrite("intermediate_size", &ModelConfig::intermediate_size)
+      .def_readwrite("max_position", &ModelConfig::max_position)
+      .def_readwrite("norm_eps", &ModelConfig::norm_eps)
+      .def_readwrite("tie_embeddings", &ModelConfig::tie_embeddings)
+      .def_readwrite("attention_bias", &ModelConfig::attention_bias)
+      .def_readwrite("mlp_bias", &ModelConfig::mlp_bias)
+      .def_readwrite("rope", &ModelConfig::rope)
+      .def_readwrite("eos_token_ids", &ModelConfig::eos_token_ids)
+      .def("validate", [](const ModelConfig& self) { validate(self); })
+      .def("to_json", [](const ModelConfig& self) { return to_json(self); })
+      .def_static("from_json", &model_config_from_json, py::arg("text"))
+      .def(py::self == py::self);
+
+  auto engine = def_data<EngineConfig>(module, "EngineConfig");
+  def_dtype(engine, "dtype", &EngineConfig::dtype);
+  engine.def_readwrite("device", &EngineConfig::device)
+      .def_readwrite("threads", &EngineConfig::threads)
+      .def_readwrite("isa", &EngineConfig::isa)
+      .def_readwrite("token_budget", &EngineConfig::token_budget)
+      .def_readwrite("max_sequences", &EngineConfig::max_sequences)
+      .def_readwrite("max_model_len", &EngineConfig::max_model_len)
+      .def_readwrite("block_size", &EngineConfig::block_size)
+      .def_readwrite("kv_bytes", &EngineConfig::kv_bytes)
+      .def_readwrite("prefix_caching", &EngineConfig::prefix_caching);
+
+  module.attr("MAX_LOGPROBS") = kMaxLogprobs;
+  def_data<SamplingParams>(module, "SamplingParams")
+      .def_readwrite("max_tokens", &SamplingParams::max_tokens)
+      .def_readwrite("temperature", &SamplingParams::temperature)
+      .def_readwrite("top_p", &SamplingParams::top_p)
+      .def_readwrite("top_k", &SamplingParams::top_k)
+      .def_readwrite("min_p", &SamplingParams::min_p)
+      .def_readwrite("seed", &SamplingParams::seed)
+      .def_readwrite("sample_index", &SamplingParams::sample_index)
+      .def_readwrite("repetition_penalty", &SamplingParams::repetition_penalty)
+      .def_readwrite("presence_penalty", &SamplingParams::presence_penalty)
+      .def_readwrite("frequency_penalty", &SamplingParams::frequency_penalty)
+      .def_readwrite("logit_bias", &SamplingParams::logit_bias)
+      .def_readwrite("stop_token_ids", &SamplingParams::stop_token_ids)
+      .def_readwrite("ignore_eos", &SamplingParams::ignore_eos)
+      .def_readwrite("min_tokens", &SamplingParams::min_tokens)
+      .def_readwrite("logprobs", &SamplingParams::logprobs)
+      .def_readwrite("prompt_logprobs", &SamplingParams::prompt_logprobs);
+
+  module.def("cpu_isas", &cpu_isas);
+  module.def("usable_cores", &usable_cores);
+}

@@ -1,0 +1,141 @@
+// _core.testing for the engine: faults on demand, logits as they reach the sampler, invariants, allocations.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "bindings.h"
+#include "engine/engine_impl.h"
+#include "engine/make_backend.h"
+
+namespace py = pybind11;
+using namespace splitfuse;
+
+namespace {
+
+struct Captured {
+  int32_t position = 0;   // the logits speak of the token at this position
+  std::vector<float> logits;
+};
+
+/// What a test asks of its engine's backend, and what it saw.
+struct Probe {
+  int64_t fail_after = -1;      // operations until one throws; -1: never
+  bool poison_logits = false;   // the next sample() sees NaN in its first row
+  bool capture = false;
+  std::vector<Captured> captured;
+};
+
+/// Passes every operation on, unless it is to fail.
+class ProbedBackend : public Backend {
+ public:
+  ProbedBackend(std::unique_ptr<Backend> inner, std::shared_ptr<Probe> probe)
+      : inner_(std::move(inner)), probe_(std::move(probe)) {}
+
+  std::string describe() const override { return inner_->describe(); }
+  DType dtype() const override { return inner_->dtype(); }
+  int64_t available() const override { return inner_->available(); }
+  int64_t linear_bytes(const LinearShape& shape) const override { return inner_->linear_bytes(shape); }
+  int64_t kv_block_bytes(const KvShape& shape) const override { return inner_->kv_block_bytes(shape); }
+  int64_t scratch_bytes(const AttentionShape& attention, const StepLimits& limits) const override {
+    return inner_->scratch_bytes(attention, limits);
+  }
+  DeviceBuffer allocate(int64_t bytes) override { return inner_->allocate(bytes); }
+  void prepare(const AttentionShape& attention, const StepLimits& limits, std::byte* kv) override {
+    vocab_ = limits.vocab;
+    inner_->prepare(attention, limits, kv);
+  }
+  void pack(const Linear& linear, Rows which, int32_t row, const TensorView& weight) override {
+    inner_->pack(linear, which, row, weight);
+  }
+  void pack_bias(const Linear& linear, Rows which, int32_t row, const TensorView& bias) override {
+    inner_->pack_bias(linear, which, row, bias);
+  }
+  void upload(const TensorView& vector, float* out) override { inner_->upload(vector, out); }
+
+  void begin(const RaggedBatch& batch) override {
+    count();
+    inner_->begin(batch);
+  }
+  void embed(const Linear& table, float* x) override {
+    count();
+    inner_->embed(table, x);
+  }
+  void rms_norm(const float* x, const float* weight, float eps, int32_t columns, std::span<const int32_t> rows,
+                void* out) override {
+    count();
+    inner_->rms_norm(x, weight, eps, columns, rows, out);
+  }
+  void linear(const Linear& linear, const void* in, int32_t rows, float* out) override {
+    count();
+    inner_->linear(linear, in, rows, out);
+  }
+  void linear_add(const Linear& linear, const void* in, int32_t rows, float* x) override {
+    count();
+    inner_->linear_add(linear, in, rows, x);
+  }
+  void linear_gated(const Linear& linear, const void* in, int32_t rows, void* out) override {
+    count();
+    inner_->linear_gated(linear, in, rows, out);
+  }
+  void rope_write_kv(const float* qkv, int32_t layer, void* q) override {
+    count();
+    inner_->rope_write_kv(qkv, layer, q);
+  }
+  void attention(const void* q, int32_t layer, void* out) override {
+    count();
+    inner_->attention(q, layer, out);
+  }
+  void sample(float* logits, std::span<const SampleRow> rows, std::span<SampleResult> results) override {
+    count();
+    if (probe_->poison_logits) logits[0] = std::numeric_limits<float>::quiet_NaN();
+    probe_->poison_logits = false;
+    for (size_t i = 0; probe_->capture && i < rows.size(); ++i) {
+      const float* row = logits + i * row_stride(vocab_);
+      probe_->captured.push_back({static_cast<int32_t>(rows[i].tokens.size()), {row, row + vocab_}});
+    }
+    inner_->sample(logits, rows, results);
+  }
+
+ private:
+  void count() {
+    if (probe_->fail_after < 0) return;
+    if (probe_->fail_after-- == 0) throw Error("a fault that the test asked for");
+  }
+
+  std::unique_ptr<Backend> inner_;
+  std::shared_ptr<Probe> probe_;
+  int32_t vocab_ = 0;
+};
+
+}  // namespace
+
+void register_engine_testing(py::module_& module) {
+  py::module_ testing = module.attr("testing").cast<py::module_>();
+  py::class_<Probe, std::shared_ptr<Probe>>(testing, "Probe", "What a test asks of an engine's backend.")
+      .def_readwrite("fail_after", &Probe::fail_after)
+      .def_readwrite("poison_logits", &Probe::poison_logits)
+      .def_readwrite("capture", &Probe::capture)
+      .def("take", [](Probe& self) {
+        py::list list;
+        for (const Captured& row : self.captured) {
+          py::array_t<float> logits(static_cast<py::ssize_t>(row.logits.size()));
+          std::memcpy(logits.mutable_data(), row.logits.data(), row.logits.size() * sizeof(float));
+          list.append(py::make_tuple(row.position, logits));
+        }
+        self.captured.clear();
+        return list;
+      }, "[(position, logits [vocab])] in the order they were sampled from, and forgets them.");
+  testing.def(
+      "probed_engine",
+      [](const ModelConfig& model, WeightSource& weights, const EngineConfig& config) {
+        auto probe = std::make_shared<Probe>();
+        auto backend = std::make_unique<ProbedBackend>(make_backend(config), probe);
+        auto impl = std::make_unique<Engine::Impl>(model, weights, config, ProgressFn(), std::move(backend));
+        return py::make_tuple(EngineAccess::make(std::move(impl)), probe);
+      },
+      py::arg("model"), py::arg("weights"), py::arg("config"), "(Engine, Probe)");
+  testing.def(
+      "check", [](Engine& engine) { return EngineAccess::impl(engine).check(); }, py::arg("engine"),
+      "Empty if every count, list and block table agrees; else what is wrong.");
+}

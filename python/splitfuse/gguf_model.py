@@ -1,0 +1,223 @@
+"""A Llama model in a GGUF file: its configuration and weights. Names and layout are those of llama.cpp."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from ._core import CheckpointError, ConfigError
+from .gguf_file import GgufFile, GgufTensor
+
+_TENSORS = {
+    "embed": "token_embd",
+    "final_norm": "output_norm",
+    "lm_head": "output",
+    "attn_norm": "attn_norm",
+    "attn.q": "attn_q",
+    "attn.k": "attn_k",
+    "attn.v": "attn_v",
+    "attn.o": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+}
+# Keys under "llama." that say nothing which the result depends on.
+_HARMLESS = (
+    "vocab_size",
+    "tensor_data_layout",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+)
+_FREQUENCY_FACTORS = "rope_freqs.weight"
+# Metadata is float32, and so were the frequency factors when they were written.
+_TOLERANCE = 1e-4
+
+
+def tensor_name(canonical: str) -> str:
+    """The name in the file of the tensor with this canonical name."""
+    parts = canonical.split(".")
+    if parts[0] == "layers":
+        return f"blk.{parts[1]}.{_TENSORS['.'.join(parts[2:-1])]}.{parts[-1]}"
+    return f"{_TENSORS['.'.join(parts[:-1])]}.{parts[-1]}"
+
+
+def read_config(file: GgufFile) -> _core.ModelConfig:
+    """Raises ConfigError, naming the key, on what splitfuse does not run."""
+    fields = _Fields(file)
+    heads = fields.integer("attention.head_count")
+    head_dim = fields.integer("attention.key_length", fields.integer("embedding_length") // heads)
+    fields.expect("attention.value_length", head_dim)
+    fields.expect("rope.dimension_count", head_dim)
+    fields.expect("expert_count", 0)
+    fields.expect("expert_used_count", 0)
+    config = _core.ModelConfig(
+        family="llama",
+        vocab_size=_vocab_size(file),
+        hidden_size=fields.integer("embedding_length"),
+        num_layers=fields.integer("block_count"),
+        num_heads=heads,
+        num_kv_heads=fields.integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        intermediate_size=fields.integer("feed_forward_length"),
+        max_position=fields.integer("context_length"),
+        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        tie_embeddings="output.weight" not in file.tensors,
+        attention_bias="blk.0.attn_q.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        rope=_rope(file, fields),
+        eos_token_ids=_eos_ids(file.metadata),
+    )
+    fields.check_rest()
+    config.validate()
+    return config
+
+
+def check_tensors(file: GgufFile, config: _core.ModelConfig) -> None:
+    """Raises CheckpointError, naming the tensors, if the file does not have exactly what `config` needs."""
+    from .loader import check_names
+
+    needed = {tensor_name(name): tuple(shape) for name, shape in _core.canonical_names(config)}
+    found = {name: tensor.shape for name, tensor in file.tensors.items()}
+    check_names(str(file.path), needed, found, harmless=lambda name: name == _FREQUENCY_FACTORS)
+
+
+def weights(file: GgufFile, config: _core.ModelConfig) -> _core.WeightSource:
+    """The tensors under their canonical names, each read and dequantised when it is asked for."""
+
+    def read(canonical: str) -> npt.NDArray[Any]:
+        tensor = file.tensors[tensor_name(canonical)]
+        values = file.read(tensor)
+        if ".attn.q." in canonical:
+            values = _half_split(values, config.num_heads)
+        elif ".attn.k." in canonical:
+            values = _half_split(values, config.num_kv_heads)
+        return np.ascontiguousarray(values)
+
+    return _core.callback_source([name for name, _ in _core.canonical_names(config)], read)
+
+
+def _half_split(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
+    """llama.cpp rotates neighbouring rows of a head as a pair; here row i pairs with row i + head_dim / 2."""
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+class _Fields:
+    """The keys of the architecture, each asked for once; those never asked for are reported."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
+        architecture = file.metadata.get("general.architecture")
+        if architecture != "llama":
+            raise ConfigError(
+                f"{file.path}: architecture {architecture!r} is not supported in a GGUF file; supported: llama"
+            )
+        if file.metadata.get("split.count", 1) > 1:
+            raise ConfigError(
+                f"{file.path}: one part of a split GGUF; merge the parts with llama.cpp's gguf-split first"
+            )
+        self._asked = set(_HARMLESS)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._asked.add(key)
+        value = self._file.metadata.get("llama." + key, default)
+        if isinstance(value, list):  # one value per layer
+            if len(set(value)) != 1:
+                raise ConfigError(
+                    f"{self._file.path}: llama.{key} differs from layer to layer, which is not supported"
+                )
+            return value[0]
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key, default)
+        if value is None:
+            raise ConfigError(f"{self._file.path}: llama.{key} is missing")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{self._file.path}: llama.{key} is {value!r}; expected a number")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if not isinstance(value, int) or value <= 0:
+            raise ConfigError(f"{self._file.path}: llama.{key} is {value!r}; expected a positive integer")
+        return value
+
+    def expect(self, key: str, only: Any) -> None:
+        if (value := self.get(key, only)) != only:
+            raise ConfigError(f"{self._file.path}: llama.{key} is {value!r}; only {only!r} is supported")
+
+    def check_rest(self) -> None:
+        for key in self._file.metadata:
+            if key.startswith("llama.") and key[len("llama.") :] not in self._asked:
+                raise ConfigError(f"{self._file.path}: {key} is not supported")
+
+
+def _vocab_size(file: GgufFile) -> int:
+    """Rows of the embedding table, which may be padded beyond the tokens that the tokenizer has."""
+    table = file.tensors.get("token_embd.weight")
+    if table is None:
+        raise CheckpointError(f"{file.path}: tensor 'token_embd.weight' is missing")
+    return table.shape[0]
+
+
+def _eos_ids(metadata: dict[str, Any]) -> list[int]:
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(id for id in ids if isinstance(id, int)))
+
+
+def _rope(file: GgufFile, fields: _Fields) -> _core.RopeConfig:
+    theta = fields.number("rope.freq_base", 10000.0)
+    kind = fields.get("rope.scaling.type", "none")
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
+    fields.expect("rope.scaling.attn_factor", 1.0)
+    if kind not in ("none", "linear"):
+        raise ConfigError(f"{file.path}: llama.rope.scaling.type is {kind!r}; supported: 'none', 'linear'")
+    table = file.tensors.get(_FREQUENCY_FACTORS)
+    linear = kind == "linear" and factor != 1.0
+    if table is None:
+        return (
+            _core.RopeConfig(scaling="linear", theta=theta, factor=factor)
+            if linear
+            else _core.RopeConfig(theta=theta)
+        )
+    if linear:
+        raise ConfigError(
+            f"{file.path}: both linear RoPE scaling and {_FREQUENCY_FACTORS}, which is not supported"
+        )
+    return _llama3_rope(file, table, theta, fields)
+
+
+def _llama3_rope(file: GgufFile, table: GgufTensor, theta: float, fields: _Fields) -> _core.RopeConfig:
+    """The file holds what Llama 3.1's rule gave (each frequency's divisor); find the rule's parameters again.
+
+    The rule depends on low, high and the original length only through their ratios, so low = 1 and, as in every
+    published model, high = 4 are taken; what is found must give the file's own table.
+    """
+    factors = file.read(table).astype(np.float64).reshape(-1)
+    head_dim = 2 * factors.size
+    fields.expect("rope.dimension_count", head_dim)
+    factor = float(factors.max())
+    if np.abs(factors - 1.0).max() <= _TOLERANCE:
+        return _core.RopeConfig(theta=theta)
+    wavelengths = 2 * math.pi * theta ** (np.arange(factors.size) * 2.0 / head_dim)
+    for original in (1 << exponent for exponent in range(5, 21)):
+        smooth = np.clip((original / wavelengths - 1.0) / 3.0, 0.0, 1.0)
+        expected = 1.0 / ((1.0 - smooth) / factor + smooth)
+        if np.abs(factors / expected - 1.0).max() <= _TOLERANCE:
+            return _core.RopeConfig(
+                scaling="llama3",
+                theta=theta,
+                factor=factor,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position=original,
+            )
+    raise ConfigError(
+        f"{file.path}: the table {_FREQUENCY_FACTORS!r} is not one that Llama 3.1's RoPE scaling gives"
+    )

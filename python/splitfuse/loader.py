@@ -1,0 +1,258 @@
+"""From what people have on disk, or a name, to a model: configuration, weights and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any
+
+from . import _core
+from ._core import CheckpointError, ConfigError
+from .models import Family, family_of
+from .models.family import Fields
+from .tokenizer import Tokenizer, read_json
+
+DEMO = "demo"
+Progress = Callable[[int, int], None]
+_DTYPES = ("F32", "F16", "BF16")
+_NAMED_AT_MOST = 5
+
+
+@dataclass
+class LoadedModel:
+    """What an engine and its text layer need. `weights` reads the tensors when the engine asks for them, once.
+
+    `generation_config`: what the model's makers suggest for sampling, as they wrote it.
+    """
+
+    config: _core.ModelConfig
+    weights: _core.WeightSource
+    name: str
+    path: Path
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    make_tokenizer: Callable[[], Tokenizer] = field(repr=False, kw_only=True)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Made when it is first used. Raises CheckpointError if the model came without one."""
+        return self.make_tokenizer()
+
+    def save(self, directory: str | Path, dtype: str = "bfloat16", progress: Progress | None = None) -> None:
+        """Writes the canonical checkpoint that load() and C++ open, and the tokenizer beside it."""
+        out = Path(directory)
+        if (out / "config.json").exists():
+            raise CheckpointError(f"{out}: holds another model; choose a new directory")
+        out.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(out)
+        text = json.dumps(self.generation_config, indent=2) + "\n"
+        (out / "generation_config.json").write_text(text, encoding="utf-8")
+        _core.write_checkpoint(self.config, self.weights, dtype, str(out / "model.safetensors"), progress)
+
+
+def load(model: str | Path, *, revision: str | None = None, show_progress: bool = True) -> LoadedModel:
+    """Opens `model`; the weights are not read yet.
+
+    `model`: a directory with Hugging Face files, what `splitfuse convert` wrote (directory or file), a .gguf file,
+    a model's name on the Hugging Face hub, or "demo". `revision`: of a hub model.
+
+    Raises CheckpointError or ConfigError, in one line that names the file and what is wrong with it.
+    """
+    name = str(model)
+    if name == DEMO:
+        return _load_demo(show_progress)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_directory(path, path.resolve().name)
+    if path.is_file():
+        return _load_file(path)
+    from . import hub
+
+    if not hub.is_repo_id(name):
+        raise CheckpointError(
+            f"{name}: no such file or directory, and not a name of the form OWNER/MODEL either"
+        )
+    return _load_directory(hub.snapshot(name, revision), name)
+
+
+def check_names(
+    where: str,
+    needed: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    harmless: Callable[[str], bool],
+) -> None:
+    """Raises CheckpointError, naming tensors, unless `found` has those `needed` in their shapes, and no others."""
+    if missing := [name for name in needed if name not in found]:
+        raise CheckpointError(f"{where}: {_listed(missing, 'is', 'are')} missing")
+    wrong = [name for name in needed if tuple(found[name]) != tuple(needed[name])]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has shape {list(found[name])}; the configuration asks for {list(needed[name])}"
+        )
+    if unknown := [name for name in found if name not in needed and not harmless(name)]:
+        raise CheckpointError(f"{where}: {_listed(unknown, 'has', 'have')} no place in this model")
+
+
+def _listed(names: list[str], one: str, many: str) -> str:
+    shown = ", ".join(repr(name) for name in names[:_NAMED_AT_MOST])
+    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
+    return f"tensor {shown} {one}" if len(names) == 1 else f"tensors {shown}{more} {many}"
+
+
+def _load_demo(show_progress: bool) -> LoadedModel:
+    """A GGUF takes over a second to dequantise, so it is converted once, in float32, which keeps it exact."""
+    from . import demo
+
+    path = demo.find()
+    if path is not None:
+        try:
+            return _load_directory(path, DEMO)
+        except (CheckpointError, ConfigError):  # written by another version, or damaged
+            shutil.rmtree(demo.folder() / "converted", ignore_errors=True)
+    path = demo.fetch(show_progress)
+    if path.is_dir():
+        return _load_directory(path, DEMO)
+    with (
+        tempfile.TemporaryDirectory(prefix=".convert-", dir=demo.folder()) as work,
+        demo.progress(show_progress) as bars,
+    ):
+        task = bars.add_task("Converting", total=None)
+        new = Path(work) / "converted"
+        _load_gguf(path).save(
+            new, "float32", lambda done, total: bars.update(task, completed=done, total=total)
+        )
+        return _load_directory(demo.install(new), DEMO)
+
+
+def _load_directory(path: Path, name: str) -> LoadedModel:
+    if (path / "config.json").is_file():
+        return _load_hugging_face(path, name)
+    if (path / "model.safetensors").is_file():
+        return _load_canonical(path / "model.safetensors", name)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return _load_gguf(ggufs[0])
+    if ggufs:
+        raise CheckpointError(f"{path}: holds {len(ggufs)} .gguf files; name one of them, such as {ggufs[0]}")
+    raise CheckpointError(f"{path}: holds no model: expected config.json, model.safetensors or a .gguf file")
+
+
+def _load_file(path: Path) -> LoadedModel:
+    if path.suffix == ".gguf":
+        return _load_gguf(path)
+    if path.suffix == ".safetensors":
+        return _load_canonical(path, path.stem)
+    raise CheckpointError(
+        f"{path}: expected a .gguf file, a .safetensors file of `splitfuse convert`, or a directory"
+    )
+
+
+def _load_canonical(file: Path, name: str) -> LoadedModel:
+    config, weights = _core.open_checkpoint(str(file))
+    return LoadedModel(
+        config,
+        weights,
+        name,
+        file.parent,
+        _generation_config(file.parent),
+        make_tokenizer=lambda: Tokenizer.from_directory(file.parent),
+    )
+
+
+def _load_gguf(path: Path) -> LoadedModel:
+    from . import gguf_model
+    from .gguf_file import GgufFile
+
+    file = GgufFile(path)
+    config = gguf_model.read_config(file)
+    gguf_model.check_tensors(file, config)
+
+    def make_tokenizer() -> Tokenizer:
+        from .gguf_tokenizer import read_tokenizer
+
+        return read_tokenizer(file)
+
+    name = str(file.metadata.get("general.name") or path.stem)
+    return LoadedModel(config, gguf_model.weights(file, config), name, path, make_tokenizer=make_tokenizer)
+
+
+def _load_hugging_face(path: Path, name: str) -> LoadedModel:
+    raw = read_json(path / "config.json", "the model's configuration")
+    where = str(path / "config.json")
+    family = family_of(raw, where)
+    config = family.config(Fields(raw, where))
+    generation = _generation_config(path)
+    suggested = Fields(generation, str(path / "generation_config.json")).eos_ids()
+    config.eos_token_ids = list(dict.fromkeys([*suggested, *config.eos_token_ids]))
+    config.validate()
+    return LoadedModel(
+        config,
+        _open_weights(path, family, config),
+        name,
+        path,
+        generation,
+        make_tokenizer=lambda: Tokenizer.from_directory(path),
+    )
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    return read_json(file, "the generation configuration") if file.is_file() else {}
+
+
+def _open_weights(path: Path, family: Family, config: _core.ModelConfig) -> _core.WeightSource:
+    shapes = _core.canonical_names(config)
+    names = [(canonical, family.tensor_name(canonical)) for canonical, _ in shapes]
+    needed = {family.tensor_name(canonical): tuple(shape) for canonical, shape in shapes}
+
+    def check(listing: Iterable[tuple[str, str, list[int]]]) -> None:
+        found = {name: tuple(shape) for name, _, shape in listing}
+        check_names(str(path), needed, found, lambda name: _is_harmless(name, family, config))
+        for name, dtype, _ in listing:
+            if name in needed and dtype not in _DTYPES:
+                raise CheckpointError(f"{path}: tensor {name!r} is {dtype}; supported: {', '.join(_DTYPES)}")
+
+    if files := _files(path, "model.safetensors"):
+        check([tensor for file in files for tensor in _core.read_safetensors_header(str(file))[0]])
+        return _core.open_safetensors([str(file) for file in files], names)
+    if files := _files(path, "pytorch_model.bin"):
+        from .bin_file import BinFiles
+
+        tensors = BinFiles(files)
+        check(tensors.listing())
+        stored = dict(names)
+        return _core.callback_source([name for name, _ in names], lambda name: tensors.read(stored[name]))
+    raise CheckpointError(
+        f"{path}: holds no weights: expected model.safetensors or pytorch_model.bin, or their index"
+    )
+
+
+def _is_harmless(name: str, family: Family, config: _core.ModelConfig) -> bool:
+    return name.endswith(family.harmless) or (
+        config.tie_embeddings and name == family.tensor_name("lm_head.weight")
+    )
+
+
+def _files(path: Path, single: str) -> list[Path]:
+    """The file called `single`, or the shards that its index names; none if there is neither."""
+    if (path / single).is_file():
+        return [path / single]
+    index = path / f"{single}.index.json"
+    if not index.is_file():
+        return []
+    placed = read_json(index, "the index of shards").get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index}: has no weight_map from tensors to files")
+    shards = sorted({str(shard) for shard in placed.values()})
+    for shard in shards:
+        if PurePath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{index}: names the shard {shard!r}; a shard lies in the same directory")
+    if missing := [shard for shard in shards if not (path / shard).is_file()]:
+        shown = ", ".join(missing[:_NAMED_AT_MOST])
+        raise CheckpointError(f"{path}: {len(missing)} of {len(shards)} shards are missing: {shown}")
+    return [path / shard for shard in shards]

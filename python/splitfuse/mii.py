@@ -1,0 +1,116 @@
+"""DeepSpeed-MII's names over `LLM`: `splitfuse.pipeline(model)(prompts, max_new_tokens=...)`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ._core import InvalidArgument
+from .llm import LLM
+from .request import Completion, Delta, Request, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One generated text, or, given to a `streaming_fn`, one piece of it."""
+
+    generated_text: str
+    prompt_length: int
+    generated_length: int
+    finish_reason: str | None
+    """"stop", "length", "abort" or "error"; None for a piece that is not the last."""
+
+    def __str__(self) -> str:
+        return self.generated_text
+
+
+def pipeline(model: str | os.PathLike[str], *, max_length: int | None = None, **options: Any) -> Pipeline:
+    """A model to call, with the parameters of mii.pipeline. `max_length`: longest sequence, prompt and answer;
+    `options`: those of `LLM`."""
+    return Pipeline(LLM(model, max_model_len=max_length, **options))
+
+
+class Pipeline:
+    """Made by `pipeline`. Call it with a prompt, or a list of them; `llm` is what runs."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        do_sample: bool = True,
+        top_p: float = 0.9,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        return_full_text: bool = False,
+        streaming_fn: Callable[[list[Response]], None] | None = None,
+    ) -> list[Response]:
+        """One Response a prompt, in order. Parameters and defaults are MII's.
+
+        max_length: of prompt and answer in tokens; None: the model's. max_new_tokens: of the answer; None: what
+        max_length leaves. do_sample=False is greedy, whatever temperature, top_p and top_k say. return_full_text: the text
+        begins with the prompt. streaming_fn: called with [piece] as the answer to a single prompt comes.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if streaming_fn is not None and len(texts) != 1:
+            raise InvalidArgument(f"streaming_fn takes the answer to a single prompt, not to {len(texts)}")
+        sampling = {"top_p": top_p, "top_k": top_k or 0, "temperature": 1.0 if temperature is None else temperature}
+        params = [
+            SamplingParams(
+                max_tokens=self._limit(text, max_length, max_new_tokens),
+                min_tokens=min_new_tokens,
+                stop=stop,
+                ignore_eos=ignore_eos,
+                **(sampling if do_sample else {"temperature": 0.0}),
+            )
+            for text in texts
+        ]
+        if streaming_fn is not None:
+            return [self._stream(texts[0], params[0], streaming_fn, return_full_text)]
+        outputs = self.llm.generate(texts, params)
+        return [_response(o.prompt or "", len(o.prompt_token_ids), o.outputs[0], return_full_text) for o in outputs]
+
+    def destroy(self) -> None:
+        """Gives the model's memory back."""
+        self.llm.close()
+
+    def _limit(self, text: str, max_length: int | None, max_new_tokens: int | None) -> int | None:
+        if max_length is None or not isinstance(text, str) or self.llm.tokenizer is None:
+            return max_new_tokens
+        used = len(self.llm.tokenizer.encode(text))
+        if max_length <= used:
+            raise InvalidArgument(f"max_length is {max_length}, but the prompt alone has {used} tokens")
+        left = max_length - used
+        return left if max_new_tokens is None else min(left, max_new_tokens)
+
+    def _stream(
+        self, text: str, params: SamplingParams, streaming_fn: Callable[[list[Response]], None], full_text: bool
+    ) -> Response:
+        ids = self.llm.tokenizer.encode(text) if self.llm.tokenizer is not None else []
+        first = True
+
+        def on_output(request: Request, delta: Delta) -> None:
+            nonlocal first
+            piece = text + delta.text if full_text and first else delta.text
+            first = False
+            streaming_fn([Response(piece, len(ids), len(delta.token_ids), delta.finish_reason)])
+
+        request = self.llm.scheduler.submit(ids, params, prompt=text, on_output=on_output)
+        try:
+            return _response(text, len(ids), request.result().outputs[0], full_text)
+        finally:
+            request.cancel()
+
+
+def _response(prompt: str, prompt_length: int, answer: Completion, full_text: bool) -> Response:
+    text = prompt + answer.text if full_text else answer.text
+    return Response(text, prompt_length, len(answer.token_ids), answer.finish_reason)

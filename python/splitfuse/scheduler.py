@@ -1,0 +1,404 @@
+"""The layer over the engine: takes requests from any thread, orders and admits them, streams and ends them.
+
+One thread owns the engine: the caller of `step()`, or the scheduler's own after `start()`. Everything another thread
+may do (`submit`, `cancel`, `Request.wait`) goes through one lock, and never touches the engine.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _core
+from ._answer import Answer, TokenTexts
+from ._core import Error, InvalidArgument, StateError
+from .request import Delta, NotFinite, Request, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+_log = logging.getLogger("splitfuse")
+_FINISH = (None, "stop", "length", "error")  # StepOutput.finish
+_PAUSE = 0.001  # seconds between steps that did nothing: a policy that holds work back must not burn a core
+
+
+class QueueFull(Error):
+    """Refused: as many requests wait as may. Try again later."""
+
+
+class Scheduler:
+    """Runs requests on an engine, with SplitFuse or, where `plan` is overridden, another policy.
+
+    `max_queued`: requests that may wait for admission, None: any number. As many sequences as one forward may hold are
+    admitted to the engine, by (priority, arrival); one more urgent than every admitted one is let in beyond that, as
+    the engine serves by priority.
+    """
+
+    def __init__(
+        self, engine: _core.Engine, tokenizer: Tokenizer | None = None, *, max_queued: int | None = None
+    ) -> None:
+        if max_queued is not None and max_queued < 0:
+            raise InvalidArgument(f"max_queued must be 0 or more, or None, not {max_queued}")
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.max_queued = max_queued
+        capacity = engine.query()
+        self._max_model_len: int = capacity.max_model_len
+        self._room: int = capacity.max_sequences
+        self._vocab_size = engine.model_config.vocab_size
+        self._texts = TokenTexts(tokenizer)
+        self._overridden = type(self).plan is not Scheduler.plan
+        self._numbers = itertools.count()
+
+        self._lock = threading.Condition()  # guards what follows, to the blank line
+        self._queue: list[tuple[int, int, Request]] = []  # a heap of (priority, arrival, request)
+        self._waiting = 0  # requests of the heap that are still queued; cancelled ones leave it when they surface
+        self._cancels: deque[Request] = deque()
+        self._thread: threading.Thread | None = None
+        self._stopping: str | None = None  # "drain" | "abort" while stop() is at work
+
+        self._owner = threading.Lock()  # held by the thread that owns the engine; guards what follows
+        self._live: dict[int, tuple[Request, Answer]] = {}  # by the engine's id
+        self._quiet: dict[int, Callable[[int], None]] = {}  # those of _live whose tokens are only kept
+        self._priorities: Counter[int] = Counter()  # of _live
+
+    # ---------------------------------------------------------------- any thread
+
+    def check(
+        self, prompt_token_ids: Sequence[int] | np.ndarray[Any, Any], params: SamplingParams | None = None
+    ) -> list[int]:
+        """The prompt as a list of ids, or InvalidArgument if this request could not be served."""
+        ids, params = np.asarray(prompt_token_ids), params if params is not None else SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise InvalidArgument(f"params must be a SamplingParams, not {type(params).__name__}")
+        if ids.size == 0:
+            raise InvalidArgument("the prompt is empty: at least one token is needed")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InvalidArgument("a prompt must be a flat list of integer token ids")
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            bad = next(int(t) for t in ids if not 0 <= t < self._vocab_size)
+            raise InvalidArgument(f"prompt token {bad} is outside the vocabulary, 0 to {self._vocab_size - 1}")
+        for name, named in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            outside = [t for t in named if t >= self._vocab_size]
+            if outside:
+                raise InvalidArgument(f"{name}: token {outside[0]} is outside the vocabulary, 0 to {self._vocab_size - 1}")
+        if len(ids) + (params.max_tokens or 1) > self._max_model_len:
+            asked = f" and max_tokens of {params.max_tokens}" if params.max_tokens is not None else ""
+            raise InvalidArgument(
+                f"a prompt of {len(ids)} tokens{asked} exceeds the context of {self._max_model_len} tokens: shorten it, "
+                "lower max_tokens (None takes what is left), or raise max_model_len"
+            )
+        if params.stop and self.tokenizer is None:
+            raise InvalidArgument("stop strings need a tokenizer, and this scheduler has none; use stop_token_ids")
+        tokens: list[int] = ids.tolist()
+        return tokens
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int] | np.ndarray[Any, Any],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        on_output: Callable[[Request, Delta], None] | None = None,
+        on_done: Callable[[Request], None] | None = None,
+        request_id: str | None = None,
+        prompt: str | None = None,
+    ) -> Request:
+        """Queues a request; lower `priority` is served first. Raises InvalidArgument if it could not be served,
+        QueueFull if too many wait, StateError while stopping.
+
+        Both callbacks run on the engine's thread, so they should be short. `on_output` gets every token as it comes;
+        if it raises, its own request ends with that error. `on_done` is called once, whatever the end. Requests
+        of different `cache_salt` never share cached prefixes. `request_id` and `prompt` are carried to the result.
+        """
+        params = params if params is not None else SamplingParams()
+        ids = self.check(prompt_token_ids, params)
+        number = next(self._numbers)
+        name = request_id if request_id is not None else f"request-{number}"
+        request = Request(self, name, prompt, ids, params, priority, cache_salt, on_output, on_done)
+        with self._lock:
+            if self._stopping is not None:
+                raise StateError("the scheduler is stopping and takes no more requests")
+            if self.max_queued is not None and self._waiting >= self.max_queued:
+                raise QueueFull(f"{self._waiting} requests wait already, as many as may (max_queued)")
+            heapq.heappush(self._queue, (priority, number, request))
+            self._waiting += 1
+            self._lock.notify_all()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """As `Request.cancel`."""
+        if not request.done:
+            with self._lock:
+                self._cancels.append(request)
+                self._lock.notify_all()
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request is not done."""
+        return bool(self._waiting or self._cancels or self._live)
+
+    # ---------------------------------------------------------------- the engine's thread
+
+    def plan(self, views: list[_core.SeqView], limits: _core.Limits) -> _core.StepPlan | None:
+        """What the next forward runs. Override it for another policy; None, the default, is native SplitFuse.
+        `views` are in serving order. If it raises, or the plan can't be served, every live request ends with the error.
+        """
+        return None
+
+    def request_of(self, sequence: int) -> Request | None:
+        """The request behind `SeqView.id`, for a `plan` that looks at more than counts."""
+        entry = self._live.get(sequence)
+        return entry[0] if entry is not None else None
+
+    def step(self) -> _core.StepOutput | None:
+        """Takes in what was submitted and cancelled, runs the engine once and hands out what came of it. None if there
+        was nothing to run. An exception of the engine ends the requests it was running with that error, and no
+        others. Raises StateError while another thread owns the engine."""
+        if not self._owner.acquire(blocking=False):
+            raise StateError("another thread is stepping this scheduler; stop() ends the one that start() began")
+        try:
+            return self._step()
+        finally:
+            self._owner.release()
+
+    def run_until_idle(self) -> None:
+        """Steps until every request is done."""
+        while self.has_work:
+            self.step()
+
+    def _step(self) -> _core.StepOutput | None:
+        while self._cancels:
+            self._end(self._cancels.popleft(), "abort")
+        self._admit()
+        if not self._live:
+            return None
+        try:
+            plan = self.plan(*self.engine.view()) if self._overridden else None
+            output = self.engine.step(plan) if plan is not None else self.engine.step()
+        except Exception as error:
+            _log.error("a step failed, and with it the %d sequences it was to run: %s", len(self._live), error)
+            self._fail_live(error)
+            return None
+        self._dispatch(output)
+        if output.decode_tokens + output.prefill_tokens == 0 and self._live:
+            time.sleep(_PAUSE)
+        return output
+
+    def _admit(self) -> None:
+        while True:
+            with self._lock:
+                while self._queue and not self._queue[0][2]._queued:
+                    heapq.heappop(self._queue)
+                if not self._queue:
+                    return
+                if len(self._live) >= self._room and self._queue[0][0] >= max(self._priorities):
+                    return
+                request = heapq.heappop(self._queue)[2]
+                self._dequeue(request)
+            try:
+                self._begin(request, 1)
+            except Exception as error:
+                self._end(request, "error", error)
+
+    def _dequeue(self, request: Request) -> None:
+        """Counts it as waiting no more. Under the lock."""
+        if request._queued:
+            request._queued = False
+            self._waiting -= 1
+
+    def _begin(self, request: Request, answers: int) -> None:
+        """Puts the next `answers` sequences of a request. Those beyond the first follow when it has its first
+        token: then they find the prompt in the prefix cache."""
+        params, streamed = request.params, request._on_output is not None
+        room = self._max_model_len - len(request.prompt_token_ids)
+        for index in range(request._begun, request._begun + answers):
+            answer = Answer(index, params, request.prompt_token_ids, self.tokenizer, streamed)
+            request._answers.append(answer)
+            request._begun += 1
+            native = params.to_native(
+                max_tokens=room if params.max_tokens is None else params.max_tokens, seed=request.seed, sample_index=index
+            )
+            sequence = next(self._numbers)
+            self.engine.put(sequence, request.prompt_token_ids, native, request.priority, request.cache_salt)
+            answer.sequence = sequence
+            self._live[sequence] = request, answer
+            self._priorities[request.priority] += 1
+            probed = params.logprobs is not None or params.prompt_logprobs is not None
+            if not (streamed or params.stop or probed or request._begun < params.n):
+                self._quiet[sequence] = answer.token_ids.append
+
+    def _dispatch(self, output: _core.StepOutput) -> None:
+        ids, tokens, quiet = output.ids.tolist(), output.tokens.tolist(), self._quiet
+        for sequence, token in zip(ids, tokens, strict=True):
+            if keep := quiet.get(sequence):
+                keep(token)
+        if self._live and len(quiet) < len(self._live):
+            self._dispatch_prompt_logprobs(output)
+            self._dispatch_loud(output, ids, tokens)
+        for row in np.flatnonzero(output.finish).tolist():
+            self._finish_row(ids[row], int(output.finish[row]))
+
+    def _dispatch_prompt_logprobs(self, output: _core.StepOutput) -> None:
+        for item in output.prompt:
+            if entry := self._live.get(item.id):
+                try:
+                    entry[0]._prompt_logprobs[item.position] = self._texts.entry(item)
+                except Exception as error:
+                    self._end(entry[0], "error", error)
+
+    def _dispatch_loud(self, output: _core.StepOutput, ids: list[int], tokens: list[int]) -> None:
+        """The rows that are streamed, looked through for stop strings, logged with probabilities, or followed by
+        more answers to the same prompt."""
+        sampled: list[_core.Sampled] | None = None
+        finish = output.finish.tolist()
+        for row, sequence in enumerate(ids):
+            entry = self._live.get(sequence)
+            if entry is None or sequence in self._quiet or finish[row] == 3:
+                continue
+            request, answer = entry
+            try:
+                logprobs, logprob = None, 0.0
+                if request.params.logprobs is not None:
+                    sampled = output.sampled if sampled is None else sampled
+                    logprobs, logprob = self._texts.entry(sampled[row]), sampled[row].logprob
+                delta = answer.add(tokens[row], _FINISH[finish[row]], logprobs, logprob)
+                if request._begun < request.params.n:
+                    self._begin(request, request.params.n - request._begun)
+                if request._on_output is not None:
+                    request._on_output(request, delta)
+                if answer.finish_reason is not None:
+                    self._finish_answer(request, answer)
+            except Exception as error:
+                self._end(request, "error", error)
+
+    def _finish_row(self, sequence: int, finish: int) -> None:
+        """Ends what the engine ended: the quiet rows, and those whose logits were not finite."""
+        entry = self._live.get(sequence)
+        if entry is None:
+            return
+        request, answer = entry
+        if finish == 3:
+            if sequence in self._quiet:
+                answer.token_ids.pop()  # the -1
+            self._end(request, "error", NotFinite(f"{request.id}: the model's output is not finite, so no token can be chosen"))
+            return
+        answer.finish(_FINISH[finish] or "")
+        self._finish_answer(request, answer)
+
+    def _finish_answer(self, request: Request, answer: Answer) -> None:
+        self._release(request, answer)
+        if request._begun == request.params.n and all(a.finish_reason for a in request._answers):
+            self._end(request, "stop")
+
+    def _release(self, request: Request, answer: Answer) -> None:
+        """Takes an answer out of the engine, if it is there. Its full blocks stay as prefix cache."""
+        if answer.sequence is None:
+            return
+        sequence, answer.sequence = answer.sequence, None
+        del self._live[sequence]
+        self._quiet.pop(sequence, None)
+        self._priorities[request.priority] -= 1
+        if not self._priorities[request.priority]:
+            del self._priorities[request.priority]
+        try:
+            self.engine.flush(sequence)
+        except Exception as error:  # a broken or closed engine: the request must end all the same
+            _log.debug("flush of sequence %d: %s", sequence, error)
+
+    def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        """Ends a request, once: the answers that are not finished get `reason`."""
+        if request.done:
+            return
+        with self._lock:
+            self._dequeue(request)
+        streamed = request._on_output is not None
+        for index in range(len(request._answers), request.params.n):
+            request._answers.append(Answer(index, request.params, request.prompt_token_ids, None, streamed))
+        for answer in request._answers:
+            if answer.finish_reason is None:
+                answer.finish(reason)
+            self._release(request, answer)
+        request._output = RequestOutput(
+            request_id=request.id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[a.completion() for a in request._answers],
+            prompt_logprobs=request._prompt_logprobs if request.params.prompt_logprobs is not None else None,
+            error=error,
+        )
+        request._event.set()
+        if request._on_done is not None:
+            try:
+                request._on_done(request)
+            except Exception:
+                _log.exception("on_done of %s failed", request.id)
+
+    def _fail_live(self, error: Exception) -> None:
+        for request in dict.fromkeys(request for request, _ in self._live.values()):
+            self._end(request, "error", error)
+
+    # ---------------------------------------------------------------- a thread of its own
+
+    def start(self) -> None:
+        """Begins a thread that owns the engine and sleeps while there is nothing to do. `stop` ends it."""
+        with self._lock:
+            if self._thread is not None:
+                raise StateError("the scheduler is started already")
+            if not self._owner.acquire(blocking=False):
+                raise StateError("another thread is stepping this scheduler")
+            self._thread = threading.Thread(target=self._run, name="splitfuse", daemon=True)
+            self._thread.start()
+
+    def stop(self, *, drain: bool = True) -> None:
+        """Takes no more requests until those there are have finished, or with `drain=False` been cancelled, and ends
+        the thread of `start()`, if any. After that the scheduler can be stepped or started again. Called from a
+        callback it returns at once, and the thread ends after it."""
+        with self._lock:
+            thread = self._thread
+            if thread is None and not self._owner.acquire(blocking=False):
+                raise StateError("another thread is stepping this scheduler")
+            self._stopping = "drain" if drain else "abort"
+            self._lock.notify_all()
+        if thread is None:
+            self._run()
+        elif thread is not threading.current_thread():
+            thread.join()
+
+    def _run(self) -> None:
+        """Owns the engine until stopped."""
+        try:
+            while self._awaits_work():
+                try:
+                    self._step()
+                except Exception as error:  # not the engine's, which are dealt with: nobody may be left waiting
+                    _log.exception("the scheduler failed; every request ends with the error")
+                    self._end_all("error", error)
+        finally:
+            self._end_all("abort")
+            with self._lock:
+                self._thread = self._stopping = None
+                self._owner.release()
+
+    def _awaits_work(self) -> bool:
+        """Sleeps until there is work (True), or it is time to stop (False)."""
+        with self._lock:
+            while not self.has_work and self._stopping is None:
+                self._lock.wait()
+            return self.has_work and self._stopping != "abort"
+
+    def _end_all(self, reason: str, error: Exception | None = None) -> None:
+        with self._lock:
+            queued = [request for _, _, request in self._queue]
+        for request in [*queued, *(request for request, _ in self._live.values())]:
+            self._end(request, reason, error)
+        self._cancels.clear()

@@ -1,0 +1,220 @@
+"""A model's tokenizer, over the `tokenizers` library alone wherever its files allow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._core import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text to token ids and back, and conversations to text. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        """`special_tokens`: by role, such as "bos_token"; a chat template may use them."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.chat_template = chat_template
+        self.bos_token_id = self._named_id("bos_token")
+        self.eos_token_id = self._named_id("eos_token")
+        added = backend.get_added_tokens_decoder()
+        self._special = frozenset(id for id, token in added.items() if token.special)
+        ids = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        # A vocabulary that spells bytes out has all of them.
+        self._bytes = frozenset() if None in ids else frozenset(ids)
+
+    @staticmethod
+    def from_directory(path: str | Path) -> Tokenizer:
+        """From Hugging Face files. Raises CheckpointError if there are none or they can't be read."""
+        folder = Path(path)
+        if (folder / "tokenizer.json").is_file():
+            return _from_files(folder)
+        return _from_transformers(folder)
+
+    def save(self, path: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, from which from_directory and transformers make the same."""
+        folder = Path(path)
+        self._backend.save(str(folder / "tokenizer.json"))
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run from 0 to below this; a model may have more rows than its tokenizer has tokens."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        return [] if self.eos_token_id is None else [self.eos_token_id]
+
+    def id_to_token(self, id: int) -> str | None:
+        return self._backend.id_to_token(id) if id >= 0 else None
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def is_special(self, id: int) -> bool:
+        """Whether `id` is a control token, which decode() leaves out."""
+        return id in self._special
+
+    def is_byte(self, id: int) -> bool:
+        """Whether `id` is one byte of a code point that the vocabulary lacks."""
+        return id in self._bytes
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. A text that begins with the BOS token does not get a second one."""
+        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self.bos_token_id is not None and ids[:2] == [self.bos_token_id] * 2:
+            if text.startswith(self.special_tokens["bos_token"]):
+                return ids[1:]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The conversation as text, by the model's chat template. `kwargs` are handed to the template.
+
+        Raises ConfigError if the model has no template, InvalidArgument if the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ConfigError("this model has no chat template: give it a prompt as plain text instead")
+        from .chat_template import render
+
+        variables = {**self.special_tokens, **kwargs}
+        return render(
+            self.chat_template, messages, add_generation_prompt=add_generation_prompt, variables=variables
+        )
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
+        """Token ids of render_chat(); the template writes BOS itself."""
+        return self.encode(self.render_chat(messages, **kwargs), add_special_tokens=False)
+
+    def _named_id(self, role: str) -> int | None:
+        token = self.special_tokens.get(role)
+        return None if token is None else self._backend.token_to_id(token)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in `path`. Raises CheckpointError, naming the file, on anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {what} can't be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {what} must be a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _from_files(folder: Path) -> Tokenizer:
+    """tokenizer.json as it stands: how text is cut and what is put around it is written there. (transformers 5 builds
+    Llama 2's anew, and then cuts text that begins with a space otherwise than SentencePiece did in training.)"""
+    import tokenizers
+
+    file = folder / "tokenizer.json"
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{file}: the tokenizer can't be read: {error}") from error
+    config: dict[str, Any] = {}
+    if (folder / "special_tokens_map.json").is_file():
+        config |= read_json(folder / "special_tokens_map.json", "the map of special tokens")
+    if (folder / "tokenizer_config.json").is_file():
+        config |= read_json(folder / "tokenizer_config.json", "the tokenizer configuration")
+    special = {role: text for role in _NAMED if (text := _token_text(config.get(role)))}
+    _add_tokens(backend, config, special, folder)
+    return Tokenizer(backend, special, _find_template(folder, config))
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token is written as text, or as an object with its text in "content"."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str], folder: Path
+) -> None:
+    """Tokens that tokenizer_config.json has beyond tokenizer.json, and the marking of special ones."""
+    from tokenizers import AddedToken
+
+    known = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
+    listed = config.get("added_tokens_decoder") or {}
+    for key in sorted(listed, key=int):
+        entry, id = listed[key], int(key)
+        if known.get(id) == entry["content"]:
+            continue
+        flags = {
+            flag: bool(entry[flag])
+            for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
+            if flag in entry
+        }
+        backend.add_tokens([AddedToken(entry["content"], **flags)])
+        if backend.token_to_id(entry["content"]) != id:
+            raise CheckpointError(
+                f"{folder / 'tokenizer_config.json'}: added token {entry['content']!r} has id {id}, but the vocabulary "
+                f"gives it {backend.token_to_id(entry['content'])}"
+            )
+    already = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    extra = [_token_text(token) for token in config.get("additional_special_tokens") or []]
+    missing = [text for text in dict.fromkeys([*special.values(), *extra]) if text and text not in already]
+    # A named token that the vocabulary lacks would get a new id, one that the model has no row for.
+    present = [
+        AddedToken(text, normalized=False, special=True)
+        for text in missing
+        if backend.token_to_id(text) is not None
+    ]
+    if present:
+        backend.add_special_tokens(present)
+
+
+def _find_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The default chat template: a file of its own wins over the one in tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if template is None and (folder / "chat_template.json").is_file():
+        template = read_json(folder / "chat_template.json", "the chat template").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _from_transformers(folder: Path) -> Tokenizer:
+    """Files of other kinds (a SentencePiece model, vocab.json with merges.txt), by way of transformers."""
+    from transformers import AutoTokenizer
+
+    try:
+        slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its parts raise
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{folder}: no tokenizer.json, and transformers makes no tokenizer of the files there: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
+    backend = getattr(slow, "backend_tokenizer", None)
+    if backend is None:
+        raise CheckpointError(f"{folder}: {type(slow).__name__} has no fast form; add a tokenizer.json")
+    special = {role: str(text) for role, text in slow.special_tokens_map.items() if isinstance(text, str)}
+    template = slow.chat_template
+    return Tokenizer(backend, special, template.get("default") if isinstance(template, dict) else template)

@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Installs what the tests need, below build/, and runs every test.
+#   tests/run.sh                every stage
+#   tests/run.sh lint cpp       only these, after one full run of setup
+# PYTHON names the interpreter (python3). The last line counts tests: N passed, N failed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stages=(setup lint cpp threads fuzz python isas)
+python=${PYTHON:-python3}
+jobs=$(nproc)
+reports=build/reports
+export PATH="$PWD/build/venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 CTEST_OUTPUT_ON_FAILURE=1
+
+fail() {
+  echo "tests/run.sh: $*" >&2
+  exit 1
+}
+
+# ---- setup: system packages, a virtual environment, the wheel in it
+
+compiles() { g++ -std=c++20 -fsyntax-only "$@" -x c++ - 2>/dev/null; }
+
+stage_setup() {
+  command -v "$python" >/dev/null || fail "no $python; splitfuse needs Python >= 3.10 (PYTHON=... names another)"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$python" --version) is too old; splitfuse needs Python >= 3.10"
+  local missing=()
+  command -v g++ >/dev/null || missing+=(g++)
+  echo '#include <gtest/gtest.h>' | compiles || missing+=(libgtest-dev)
+  echo '#include <Python.h>' | compiles "$("$python" -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')" ||
+    missing+=(python3-dev)
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+  if ((${#missing[@]})); then
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || fail "this needs: ${missing[*]}. As root: apt-get install ${missing[*]}"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+  fi
+
+  [ -x build/venv/bin/python ] || "$python" -m venv build/venv
+  # torch first and pinned, or another requirement would choose its version.
+  pip install -q torch==2.13.0
+  rm -rf build/dist
+  pip wheel -q --no-deps -w build/dist .
+  local wheel
+  wheel=$(echo build/dist/splitfuse-*.whl)
+  echo "$wheel: $(stat -c %s "$wheel") bytes"
+  pip install -q --force-reinstall --no-deps "$wheel"
+  pip install -q "$wheel[test,lint]"
+}
+
+# ---- lint
+
+sources() { find cpp cuda python/bindings tests/cpp "$@"; }
+
+stage_lint() {
+  ruff check .
+  ruff format --check .
+  mypy
+  sources -name '*.h' -o -name '*.cc' | xargs clang-format --dry-run -Werror
+  configure lint -DSPLITFUSE_PYTHON=ON -Dpybind11_DIR="$(python -m pybind11 --cmakedir)"
+  sources -name '*.cc' -not -path '*/consumer/*' | xargs -P "$jobs" -n 1 clang-tidy --quiet -p build/lint 2>build/tidy.log ||
+    { grep -E 'error:' build/tidy.log >&2; return 1; }
+}
+
+# ---- C++
+
+configure() {  # configure NAME [cmake arguments]: a build tree at build/NAME
+  local name=$1
+  shift
+  cmake -S . -B "build/$name" -G Ninja -Wno-dev -DSPLITFUSE_TESTS=ON -DSPLITFUSE_WERROR=ON "$@" >"build/$name.log" ||
+    { cat "build/$name.log" >&2; return 1; }
+}
+
+sanitized() {  # sanitized NAME SANITIZERS LABEL: builds and runs the C++ tests of that label
+  configure "$1" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPLITFUSE_SANITIZE="$2"
+  cmake --build "build/$1" -j "$jobs"
+  # gcc's thread sanitizer cannot live with every layout of randomised addresses.
+  local fixed=()
+  setarch -R true 2>/dev/null && fixed=(setarch -R)
+  "${fixed[@]}" ctest --test-dir "build/$1" --no-tests=error -L "$3"
+  for report in "build/$1"/reports/*.xml; do
+    cp "$report" "$reports/$1-$(basename "$report")"
+  done
+}
+
+stage_cpp() { sanitized asan "address;undefined" unit; }
+stage_threads() { sanitized tsan thread threads; }
+stage_fuzz() { build/asan/tests/cpp/fuzz_safetensors 60; }
+
+# ---- Python, on the installed wheel
+
+stage_python() { python -m pytest --junitxml="$reports/python.xml"; }
+
+stage_isas() {  # the other rungs of the ladder; what no kernel touches ran above
+  local isa
+  for isa in $(python -c 'from splitfuse import _core; print(*_core.cpu_isas()[:-1])'); do
+    echo "-- SPLITFUSE_CPU_ISA=$isa"
+    SPLITFUSE_CPU_ISA=$isa python -m pytest --junitxml="$reports/python-$isa.xml" -m "not machine_independent"
+  done
+}
+
+# ---- all of it
+
+count() {  # prints "N passed, N failed"; $1: stages that failed
+  "$python" - "$reports" "$1" <<'PY'
+import pathlib
+import sys
+import xml.etree.ElementTree as xml
+
+total = bad = skipped = 0
+for report in pathlib.Path(sys.argv[1]).glob("*.xml"):
+    root = xml.parse(report).getroot()
+    suites = root.iter("testsuite")
+    for suite in suites:
+        total += int(suite.get("tests", 0))
+        bad += int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        skipped += int(suite.get("skipped", 0)) + int(suite.get("disabled", 0))
+good = total - bad - skipped
+print(f"{good} passed, {max(bad, int(sys.argv[2]))} failed" + (f", {skipped} skipped" if skipped else ""))
+PY
+}
+
+main() {
+  local chosen=("$@") done=() stage start failed=0
+  ((${#chosen[@]})) || chosen=("${stages[@]}")
+  for stage in "${chosen[@]}"; do
+    [[ " ${stages[*]} " == *" $stage "* ]] || fail "no stage '$stage'; there are: ${stages[*]}"
+  done
+  mkdir -p build
+  rm -rf "$reports"
+  mkdir -p "$reports"
+  for stage in "${chosen[@]}"; do
+    echo "== $stage"
+    start=$SECONDS
+    # A process of its own, so that the first failing command ends the stage.
+    if "$BASH" "$0" --stage "$stage"; then
+      done+=("$(printf '%-8s ok      %4d s' "$stage" $((SECONDS - start)))")
+    else
+      done+=("$(printf '%-8s FAILED  %4d s' "$stage" $((SECONDS - start)))")
+      failed=1
+      break
+    fi
+  done
+  printf '\n'
+  printf '%s\n' "${done[@]}"
+  count "$failed"
+  exit "$failed"
+}
+
+if [ "${1:-}" = --stage ]; then
+  "stage_$2"
+else
+  main "$@"
+fi
