@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,17 +29,19 @@ TINY = {
 }
 TINY_SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 TINY_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ bos_token }}{{ message['role'] }}\n{{ message['content'] }}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ bos_token }}assistant\n{% endif %}"
+    "{% for message in messages %}{{ bos_token }}{{ message['role'] }}\n"
+    "{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}assistant\n{% endif %}"
 )
 
 
 def byte_level_tokenizer():
-    """A byte-level BPE of 256 bytes, BOS and EOS (ids 256 and 257) and a few merges, some of them inside code points."""
+    """A byte-level BPE of 256 bytes, BOS and EOS (ids 256 and 257) and a few merges, some of them inside code
+    points."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: id for id, letter in enumerate(letters)}
+    vocab = {letter: index for index, letter in enumerate(letters)}
     for token in TINY_SPECIAL.values():
         vocab[token] = len(vocab)
     merges = []
@@ -98,16 +102,33 @@ def save_tiny_llama(
     if fmt == "bin":
         for file in directory.glob("*.safetensors*"):
             file.unlink()
-        torch.save(model.state_dict(), directory / "pytorch_model.bin")
+        save_bin(model.state_dict(), directory, shards)
     save_tokenizer(directory)
+
+
+def save_bin(state: dict, directory: Path, shards: int) -> None:
+    """`.bin` files as transformers wrote them up to version 4."""
+    import torch
+
+    if shards == 1:
+        torch.save(state, directory / "pytorch_model.bin")
+        return
+    weight_map = {}
+    for shard in range(shards):
+        file = f"pytorch_model-{shard + 1:05}-of-{shards:05}.bin"
+        part = dict(list(state.items())[shard::shards])
+        torch.save(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes the directory of a tiny random Llama in the Hugging Face layout, tokenizer included.
 
-    tiny_llama(seed=0, shards=1, fmt="safetensors" | "bin", dtype="float32", **LlamaConfig fields). The same arguments
-    give the same directory: do not write to it, copy it.
+    tiny_llama(seed=0, shards=1, fmt="safetensors" | "bin", dtype="float32", **LlamaConfig fields). The same
+    arguments give the same directory: do not write to it, copy it.
     """
     made: dict[str, Path] = {}
 
@@ -134,8 +155,8 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path) -> Path:
-    """SmolLM2-135M-Instruct in the Hugging Face layout, bfloat16, made by transformers from the GGUF and kept in the
-    user's cache folder."""
+    """SmolLM2-135M-Instruct in the Hugging Face layout, bfloat16, made by transformers from the GGUF and kept
+    in the user's cache folder."""
     from splitfuse import hub
 
     target = hub.cache_dir() / "tests" / "smollm2"
@@ -205,3 +226,25 @@ def _save_smollm2(file: Path, directory: Path) -> None:
     )
     tokenizer.chat_template = value["tokenizer.chat_template"]
     tokenizer.save_pretrained(directory, save_jinja_files=False)
+
+
+def copy_of(source, destination):
+    """A directory of its own, to be damaged."""
+    shutil.copytree(source, destination, dirs_exist_ok=True)
+    return destination
+
+
+def edit_json(file, **changes):
+    """`...` removes a key."""
+    values = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def run_python(code, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

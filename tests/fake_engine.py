@@ -1,8 +1,8 @@
 """A small deterministic engine in Python: the same four verbs as `splitfuse.Engine`, a model of one line.
 
-The next token is a function of the history, the seed and the sample index, so a test knows every answer beforehand.
-It keeps the contract that schedulers rely on: one owner thread, refusals at put(), decodes before prompts, a token budget,
-finished sequences that stay until flush(), and a prefix cache that it only counts.
+The next token is a function of the history, the seed and the sample index, so a test knows every answer
+beforehand. It keeps the contract that schedulers rely on: one owner thread, refusals at put(), decodes before
+prompts, a token budget, finished sequences that stay until flush(), and a prefix cache that it only counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def next_token(history: Sequence[int], seed: int, sample_index: int, vocab_size:
     return 1 + (value * 2654435761 + seed * 40503 + sample_index * 9176) % (vocab_size - 1)
 
 
-def answer(prompt: Sequence[int], count: int, *, seed: int = 0, sample_index: int = 0, vocab_size: int = 128) -> list[int]:
+def answer(
+    prompt: Sequence[int], count: int, *, seed: int = 0, sample_index: int = 0, vocab_size: int = 128
+) -> list[int]:
     """The `count` tokens that FakeEngine makes of `prompt`."""
     history = list(prompt)
     for _ in range(count):
@@ -77,29 +79,35 @@ class FakeEngine:
             max_model_len=self.max_model_len, max_sequences=self.max_sequences, token_budget=self.token_budget
         )
 
-    def put(self, id: int, tokens: Sequence[int], params: Any, priority: int = 0, cache_salt: str = "") -> None:
+    def put(
+        self, seq_id: int, tokens: Sequence[int], params: Any, priority: int = 0, cache_salt: str = ""
+    ) -> None:
         with self._owned():
-            if id in self.sequences:
-                raise InvalidArgument(f"sequence {id} is still being served")
+            if seq_id in self.sequences:
+                raise InvalidArgument(f"sequence {seq_id} is still being served")
             if len(tokens) + params.max_tokens > self.max_model_len:
                 raise InvalidArgument("too long")
-            self.puts.append(id)
-            self.sequences[id] = _Sequence(
-                id, list(tokens), len(tokens), params, priority, len(self.puts), salt=cache_salt
+            self.puts.append(seq_id)
+            self.sequences[seq_id] = _Sequence(
+                seq_id, list(tokens), len(tokens), params, priority, len(self.puts), salt=cache_salt
             )
             self.most_live = max(self.most_live, len(self.sequences))
 
-    def flush(self, id: int) -> None:
+    def flush(self, seq_id: int) -> None:
         with self._owned():
-            if id not in self.sequences:
-                raise InvalidArgument(f"no sequence {id}")
-            self.flushed.append(id)
-            del self.sequences[id]
+            if seq_id not in self.sequences:
+                raise InvalidArgument(f"no sequence {seq_id}")
+            self.flushed.append(seq_id)
+            del self.sequences[seq_id]
 
     def view(self) -> tuple[list[SeqView], Limits]:
         views = [SeqView(s.id, len(s.tokens), s.computed, 0, 0, s.priority) for s in self._in_order()]
         return views, Limits(
-            max_tokens=self.token_budget, max_seqs=self.max_sequences, free_blocks=1000, total_blocks=1000, block_size=16
+            max_tokens=self.token_budget,
+            max_seqs=self.max_sequences,
+            free_blocks=1000,
+            total_blocks=1000,
+            block_size=16,
         )
 
     def has_work(self) -> bool:
@@ -118,7 +126,7 @@ class FakeEngine:
             chunks = self._own_plan() if plan is None else list(plan.chunks)
             if plan is not None:
                 self.planned.append(plan)
-                if any(id not in self.sequences for id, _ in chunks):
+                if any(seq_id not in self.sequences for seq_id, _ in chunks):
                     raise InvalidArgument("the plan names an unknown sequence")
             return self._run(chunks)
 
@@ -126,8 +134,8 @@ class FakeEngine:
         rows: list[Any] = []
         prompt: list[Any] = []
         decodes = prefills = cached = 0
-        for id, count in chunks:
-            s = self.sequences[id]
+        for seq_id, count in chunks:
+            s = self.sequences[seq_id]
             if s.computed == 0 and (s.salt, tuple(s.tokens[: s.prompt])) in self._prefixes:
                 hit = s.prompt - 1
                 s.computed += hit
@@ -143,13 +151,18 @@ class FakeEngine:
             if len(s.tokens) == s.prompt:
                 self._prefixes.add((s.salt, tuple(s.tokens)))
                 if s.params.prompt_logprobs >= 0:
-                    prompt += [self._logprob(id, s.tokens[i], s.params.prompt_logprobs, i) for i in range(1, s.prompt)]
+                    prompt += [
+                        self._logprob(seq_id, s.tokens[i], s.params.prompt_logprobs, i)
+                        for i in range(1, s.prompt)
+                    ]
             rows.append(self._sample(s))
         self.cached_tokens += cached
         return SimpleNamespace(
             ids=np.array([r.id for r in rows], np.int64),
             tokens=np.array([r.token for r in rows], np.int32),
-            finish=np.array([{None: 0, "stop": 1, "length": 2, "error": 3}[r.finish] for r in rows], np.uint8),
+            finish=np.array(
+                [{None: 0, "stop": 1, "length": 2, "error": 3}[r.finish] for r in rows], np.uint8
+            ),
             sampled=rows,
             prompt=prompt,
             chunks=chunks,
@@ -178,9 +191,9 @@ class FakeEngine:
         row.finish = finish
         return row
 
-    def _logprob(self, id: int, token: int, top: int, position: int = -1) -> Any:
+    def _logprob(self, seq_id: int, token: int, top: int, position: int = -1) -> Any:
         others = [((token + i) % self.vocab_size, -float(i) - 1) for i in range(top)]
-        return SimpleNamespace(id=id, token=token, logprob=-0.5, top=others, position=position)
+        return SimpleNamespace(id=seq_id, token=token, logprob=-0.5, top=others, position=position)
 
     def _in_order(self) -> list[_Sequence]:
         live = [s for s in self.sequences.values() if not s.finished]
@@ -222,16 +235,18 @@ class FakeTokenizer:
         return [ord(c) for c in text]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return "".join("" if i == EOS and skip_special_tokens else "<end>" if i == EOS else chr(i) for i in ids)
+        return "".join(
+            "" if i == EOS and skip_special_tokens else "<end>" if i == EOS else chr(i) for i in ids
+        )
 
-    def is_special(self, id: int) -> bool:
-        return id == EOS
+    def is_special(self, token: int) -> bool:
+        return token == EOS
 
-    def is_byte(self, id: int) -> bool:
+    def is_byte(self, token: int) -> bool:
         return False
 
-    def id_to_token(self, id: int) -> str | None:
-        return self.decode([id], skip_special_tokens=False)
+    def id_to_token(self, token: int) -> str | None:
+        return self.decode([token], skip_special_tokens=False)
 
 
 def spells(text: str) -> Callable[[Sequence[int], int, int, int], int]:

@@ -38,14 +38,14 @@ stage_setup() {
 
   [ -x build/venv/bin/python ] || "$python" -m venv build/venv
   # torch first and pinned, or another requirement would choose its version.
-  pip install -q torch==2.13.0
+  pip install -qq torch==2.13.0
   rm -rf build/dist
-  pip wheel -q --no-deps -w build/dist .
+  pip wheel -qq --no-deps -w build/dist .
   local wheel
   wheel=$(echo build/dist/splitfuse-*.whl)
   echo "$wheel: $(stat -c %s "$wheel") bytes"
-  pip install -q --force-reinstall --no-deps "$wheel"
-  pip install -q "$wheel[test,lint]"
+  pip install -qq --force-reinstall --no-deps "$wheel"
+  pip install -qq "$wheel[test,lint]"
 }
 
 # ---- lint
@@ -85,7 +85,7 @@ sanitized() {  # sanitized NAME SANITIZERS LABEL: builds and runs the C++ tests 
 
 stage_cpp() { sanitized asan "address;undefined" unit; }
 stage_threads() { sanitized tsan thread threads; }
-stage_fuzz() { build/asan/tests/cpp/fuzz_safetensors 60; }
+stage_fuzz() { build/asan/tests/cpp/fuzz_safetensors --seconds 60; }
 
 # ---- Python, on the installed wheel
 

@@ -1,8 +1,9 @@
-"""GGUF files: written here as llama.cpp's converter writes them, read back exactly; every bad file is refused."""
+"""GGUF files: written here as llama.cpp's converter writes them, read back exactly; bad ones are refused."""
 
 import json
 import random
 import struct
+from contextlib import suppress
 
 import gguf
 import numpy as np
@@ -106,12 +107,12 @@ def add_tensor(writer, name, tensor, kind):
 def tokenizer_metadata(tokenizer, source):
     model = json.loads((source / "tokenizer.json").read_text())["model"]
     count = json.loads((source / "config.json").read_text())["vocab_size"]
-    tokens = [tokenizer.id_to_token(id) or f"[PAD{id}]" for id in range(count)]
+    tokens = [tokenizer.id_to_token(index) or f"[PAD{index}]" for index in range(count)]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if tokenizer.is_special(id) else 1 for id in range(count)],
+        "tokenizer.ggml.token_type": [3 if tokenizer.is_special(index) else 1 for index in range(count)],
         "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
         "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
@@ -215,7 +216,7 @@ def test_what_is_not_supported_is_named(tiny_llama, tmp_path, metadata, named):
 
 
 def test_another_architecture_is_refused(tiny_llama, tmp_path):
-    with pytest.raises(ConfigError, match="'mamba'.*supported: llama"):
+    with pytest.raises(ConfigError, match=r"'mamba'.*supported: llama"):
         loader.load(write_gguf(tmp_path / "model.gguf", tiny_llama(), arch="mamba"))
 
 
@@ -229,33 +230,30 @@ def test_an_unknown_tensor_is_refused(tiny_llama, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def good_bytes(tiny_llama, tmp_path_factory):
-    file = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    return write_gguf(file, tiny_llama(num_hidden_layers=1)).read_bytes()
+def good(tiny_llama, tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "good.gguf", tiny_llama(num_hidden_layers=1))
 
 
 @settings(deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_truncated_file_is_refused(good_bytes, tmp_path_factory, share):
-    file = tmp_path_factory.getbasetemp() / "cut.gguf"
-    file.write_bytes(good_bytes[: int(share * len(good_bytes))])
-    with pytest.raises(CheckpointError, match="truncated|not a GGUF|can't be read"):
+def test_a_truncated_file_is_refused(good, share):
+    file, whole = good.with_name("cut.gguf"), good.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match=r"truncated|not a GGUF|can't be read"):
         loader.load(file)
 
 
 @settings(deadline=None, max_examples=300)
-@given(data=st.data())
-def test_damage_in_the_header_is_an_error_or_harmless(good_bytes, tmp_path_factory, data):
-    header = good_bytes.index(b"token_embd.weight")  # past the metadata, into the tensor list
-    at = data.draw(st.integers(0, header + 60))
-    damaged = bytearray(good_bytes)
-    damaged[at : at + 4] = data.draw(st.binary(min_size=4, max_size=4))
-    file = tmp_path_factory.getbasetemp() / "damaged.gguf"
+@given(share=st.floats(0, 1), bits=st.binary(min_size=4, max_size=4))
+def test_damage_in_the_header_is_an_error_or_harmless(good, share, bits):
+    file, damaged = good.with_name("damaged.gguf"), bytearray(good.read_bytes())
+    header = damaged.index(b"blk.0.ffn_up.weight") + 60  # past the metadata, into the list of tensors
+    at = int(share * header)
+    damaged[at : at + len(bits)] = bits
     file.write_bytes(damaged)
-    try:
-        loader.load(file).tokenizer.encode("the theory")
-    except (CheckpointError, ConfigError) as error:
-        assert "\n" not in str(error).strip() or len(str(error)) < 500
+    with suppress(CheckpointError, ConfigError):  # anything else is a fault
+        if (tokenizer := loader.load(file).tokenizer) is not None:
+            tokenizer.encode("the theory")
 
 
 @pytest.mark.parametrize(
@@ -266,8 +264,8 @@ def test_damage_in_the_header_is_an_error_or_harmless(good_bytes, tmp_path_facto
         (4, struct.pack(">I", 3), "version"),
     ],
 )
-def test_another_format_or_version_is_refused(good_bytes, tmp_path, at, data, reason):
-    damaged = bytearray(good_bytes)
+def test_another_format_or_version_is_refused(good, tmp_path, at, data, reason):
+    damaged = bytearray(good.read_bytes())
     damaged[at : at + len(data)] = data
     (tmp_path / "model.gguf").write_bytes(damaged)
     with pytest.raises(CheckpointError, match=reason):
@@ -339,6 +337,10 @@ def test_a_bad_tokenizer_is_refused(tiny_llama, tmp_path, metadata, named):
         _ = model.tokenizer
 
 
+def test_a_file_without_a_tokenizer_is_a_model_without_one(tiny_llama, tmp_path):
+    assert loader.load(write_gguf(tmp_path / "m.gguf", tiny_llama(), tokenizer=False)).tokenizer is None
+
+
 def test_sentencepiece_merges_come_back_from_the_scores(tiny_llama, tmp_path):
     original = sentencepiece_tokenizer(metaspace=False)
     model = json.loads(original.to_str())["model"]
@@ -348,7 +350,9 @@ def test_sentencepiece_merges_come_back_from_the_scores(tiny_llama, tmp_path):
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [float(-1 - rank.get(token, 1000 + id)) for id, token in enumerate(tokens)],
+        "tokenizer.ggml.scores": [
+            float(-1 - rank.get(token, 1000 + index)) for index, token in enumerate(tokens)
+        ],
         "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259),
         "tokenizer.ggml.merges": None,
         "tokenizer.ggml.bos_token_id": 1,
@@ -385,6 +389,7 @@ def test_smollm2_is_what_transformers_makes_of_it(smollm2, smollm2_gguf):
 
 def test_smollm2_tokens_agree_with_the_hugging_face_layout(smollm2, smollm2_gguf):
     from pydoc_data.topics import topics
+
     from transformers import AutoTokenizer
 
     expected, found = AutoTokenizer.from_pretrained(smollm2), loader.load(smollm2_gguf).tokenizer

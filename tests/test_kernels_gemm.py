@@ -1,4 +1,4 @@
-"""The linear layers of the CPU backend on every rung of the ISA ladder, held to float64 and to the scalar kernels.
+"""The linear layers of the CPU backend on every rung of the ISA ladder, held to float64 and the scalar kernels.
 
 `Ops` poisons every output with NaN and fails if anything beyond the last column was written.
 """
@@ -6,6 +6,7 @@
 import numpy as np
 import pytest
 import torch
+
 from splitfuse import _core
 
 pytestmark = pytest.mark.machine_independent  # each test names its instruction set
@@ -43,7 +44,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """How far a float32 sum over k in one order may be from the truth: errors that walk at random, four sigmas."""
+    """How far a float32 sum over k may be from the truth: errors that walk at random, four sigmas."""
     k = w.shape[1]
     return 4 * np.sqrt(k + 2) * ULP * (np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T) + 1e-30
 
@@ -129,7 +130,8 @@ def test_gated(dtype, isa, shape, biased):
 
 @every_kernel
 def test_silu_over_all_of_its_range(dtype, isa):
-    x = rounded(np.concatenate([np.linspace(-110, 110, 4001), np.geomspace(1e-30, 1e30, 601)]), dtype)[:, None]
+    values = np.concatenate([np.linspace(-110, 110, 4001), np.geomspace(1e-30, 1e30, 601)])
+    x = rounded(values, dtype)[:, None]
     one = np.ones((1, 1), np.float32)
     out = ops(dtype, isa).linear_gated(one, one, None, None, x)[:, 0]
     x = x[:, 0].astype(np.float64)
@@ -227,7 +229,8 @@ def test_weights_of_every_format(dtype, isa):
     assert same_bits(run.linear(half, None, x), run.linear(half.astype(np.float32), None, x))
     bits = brain.view(torch.uint16).numpy()
     assert same_bits(run.linear(bits, None, x), run.linear(brain.float().numpy(), None, x))
-    assert same_bits(run.linear(bits, half[:, 0].copy(), x), run.linear(bits, half[:, 0].astype(np.float32), x))
+    bias = half[:, 0].copy()
+    assert same_bits(run.linear(bits, bias, x), run.linear(bits, bias.astype(np.float32), x))
 
 
 @every_kernel
@@ -253,7 +256,7 @@ def test_a_tied_head_reads_the_embedding_table(dtype, isa):
 def test_tensors_that_do_not_fit_are_refused():
     run = ops("float32", "ref")
     w = np.zeros((4, 3), np.float32)
-    with pytest.raises(_core.InvalidArgument, match=r"tensor \[5\] does not fit at row 0 of a linear \[4, 3\]"):
+    with pytest.raises(_core.InvalidArgument, match=r"tensor \[5\] does not fit at row 0 of a linear \[4, 3"):
         run.linear(w, np.zeros(5, np.float32), np.zeros((1, 3), np.float32))
     with pytest.raises(_core.InvalidArgument, match="float32, float16, or uint16"):
         run.linear(w.astype(np.float64), None, np.zeros((1, 3), np.float32))

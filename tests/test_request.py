@@ -16,9 +16,9 @@ def test_defaults_are_vllms():
     params = SamplingParams()
     assert dataclasses.asdict(params) == {
         "n": 1, "max_tokens": 16, "min_tokens": 0, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
-        "seed": None, "stop": (), "stop_token_ids": (), "ignore_eos": False, "include_stop_str_in_output": False,
-        "skip_special_tokens": True, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-        "logit_bias": {}, "logprobs": None, "prompt_logprobs": None,
+        "seed": None, "stop": (), "stop_token_ids": (), "ignore_eos": False, "skip_special_tokens": True,
+        "include_stop_str_in_output": False, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": None, "prompt_logprobs": None,
     }  # fmt: skip
 
 
@@ -56,8 +56,9 @@ def test_refuses_by_name(name, values):
 
 def test_edges_are_accepted():
     SamplingParams(
-        temperature=0, top_p=1, top_k=1, min_p=1, seed=2**64 - 1, presence_penalty=-2, frequency_penalty=2, logprobs=20,
-        prompt_logprobs=0, max_tokens=None, min_tokens=5, n=3, logit_bias={0: -100}, stop_token_ids=[0],
+        temperature=0, top_p=1, top_k=1, min_p=1, seed=2**64 - 1, presence_penalty=-2, frequency_penalty=2,
+        logprobs=20, prompt_logprobs=0, max_tokens=None, min_tokens=5, n=3, logit_bias={0: -100},
+        stop_token_ids=[0],
     )  # fmt: skip
     assert SamplingParams(top_k=-1).top_k == 0
     assert SamplingParams(stop="a").stop == ("a",)
@@ -87,8 +88,8 @@ def test_is_immutable_and_copies():
 def test_to_native_carries_every_field():
     params = SamplingParams(
         temperature=0.5, top_p=0.75, top_k=40, min_p=0.25, stop_token_ids=[7], ignore_eos=True, min_tokens=2,
-        repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5, logit_bias={3: -1.5}, logprobs=4,
-        prompt_logprobs=2, n=2, max_tokens=None,
+        repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5, logit_bias={3: -1.5},
+        logprobs=4, prompt_logprobs=2, n=2, max_tokens=None,
     )  # fmt: skip
     native = params.to_native(max_tokens=9, seed=2**64 - 1, sample_index=0)
     expected = {

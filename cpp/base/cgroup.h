@@ -51,8 +51,9 @@ inline std::optional<CgroupMount> find_cgroup_mount(const std::string& controlle
     std::string type;
     std::string options;
     right >> type >> skip >> options;
-    if (controller.empty() ? type == "cgroup2"
-                           : type == "cgroup" && ("," + options + ",").find("," + controller + ",") != std::string::npos) {
+    if (controller.empty()
+            ? type == "cgroup2"
+            : type == "cgroup" && ("," + options + ",").find("," + controller + ",") != std::string::npos) {
       return mount;
     }
   }

@@ -30,8 +30,8 @@ constexpr PhiloxCounter philox4x32(PhiloxCounter counter, PhiloxKey key) {
 
 /// The number in [0, 1), a multiple of 2^-53, that belongs to (seed, sample index, position).
 constexpr double philox_uniform(uint64_t seed, uint32_t sample_index, uint32_t position) {
-  const PhiloxCounter bits = philox4x32({position, sample_index, 0, 0},
-                                        {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+  const PhiloxCounter bits =
+      philox4x32({position, sample_index, 0, 0}, {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
   const uint64_t wide = static_cast<uint64_t>(bits[0]) << 32 | bits[1];
   return static_cast<double>(wide >> 11) * 0x1p-53;
 }

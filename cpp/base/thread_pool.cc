@@ -95,7 +95,9 @@ struct ThreadPool::Shared {
     // Sequentially consistent with sleep(): either this sees the sleeper or the sleeper sees the region.
     region.fetch_add(1);
     if (sleepers.load() == 0) return;
-    { std::lock_guard lock(mutex); }
+    {
+      std::lock_guard lock(mutex);
+    }
     wake.notify_all();
   }
 
@@ -135,8 +137,8 @@ ThreadPool::ThreadPool(int threads) : size_(threads == 0 ? usable_cores() : thre
   } catch (const std::system_error& error) {
     const size_t started = workers_.size();
     shared_->end(workers_);
-    throw ConfigError(cat("threads = ", threads, ": the system gave only ", started + 1, " (", error.what(),
-                          "); ask for fewer"));
+    throw ConfigError(
+        cat("threads = ", threads, ": the system gave only ", started + 1, " (", error.what(), "); ask for fewer"));
   }
 }
 

@@ -47,6 +47,32 @@ struct Attend {
     return {base, base + padded, base + 2 * padded};
   }
 
+  // The keys and values of one tile, found in their blocks.
+  struct Tile {
+    const char* keys[kTileColumns];
+    const char* values[kTileColumns];
+    const char* next_keys[kTileColumns];
+    int next;              // columns of the next tile to fetch while this one is worked on
+    bool fetch;            // whether to fetch this tile's values while its scores are made
+    int64_t key_bytes;     // from one row of K to the next
+    int64_t value_bytes;
+    int head_dim;
+    int padded_dim;
+    float scale;
+  };
+
+  // With few query rows K and V come from memory at its full speed, if it is told early enough: hardware looks ahead
+  // within a page of 4 KiB only.
+  static inline void prefetch_keys(const Tile& tile, int column) {
+    const char* at = tile.next_keys[column];
+    for (int d = 0; d < tile.head_dim; d += 3 - F::kPairRows, at += tile.key_bytes) __builtin_prefetch(at, 0, 2);
+  }
+  static inline void prefetch_values(const Tile& tile, int column) {
+    const char* at = tile.values[column];
+    const int64_t bytes = kColumn / 2 * F::kPairRows * tile.value_bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+  }
+
   // ---- Register tiles
 
   // out [MR][kTile] = q k^T for NV registers of keys. q: [head_dim / kPack][MR][kPack].
@@ -91,9 +117,12 @@ struct Attend {
   // o [MR][stride] = o * alpha + p v for NV registers of dimensions, over key pairs [begin, end) of the tile and,
   // if `odd`, the first key of pair `end`. p: [MR][kTile].
   template <int MR, int NV>
-  static inline void values(const Weight* p, const char* const* columns, int64_t offset, int64_t row_bytes, int begin,
-                            int end, bool odd, const float* alpha, float* o, int64_t stride) {
+  static inline void values(const Tile& tile, const Weight* p, int64_t offset, int begin, int end, bool odd,
+                            const float* alpha, float* o) {
     constexpr int kPairs = kColumn / 2;
+    const char* const* columns = tile.values;
+    const int64_t row_bytes = tile.value_bytes;
+    const int64_t stride = tile.padded_dim;
     Reg sum[MR][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
@@ -105,6 +134,7 @@ struct Attend {
     for (int pair = begin; pair < end;) {
       const char* at = columns[pair / kPairs] + offset + (pair % kPairs) * pair_bytes;
       const int stop = least(end, (pair / kPairs + 1) * kPairs);
+      if (pair / kPairs < tile.next) prefetch_keys(tile, pair / kPairs);
       for (; pair < stop; ++pair, at += pair_bytes) {
 #pragma GCC unroll 2
         for (int step = 0; step < F::kSteps; ++step) {
@@ -138,21 +168,14 @@ struct Attend {
 
   // ---- One tile of keys
 
-  struct Tile {
-    const char* keys[kTileColumns];
-    const char* values[kTileColumns];
-    int64_t key_bytes;     // from one row of K to the next
-    int64_t value_bytes;
-    int head_dim;
-    int padded_dim;
-    float scale;
-  };
-
   template <int MR>
   static void all_scores(const Tile& tile, const Weight* q, int keys, float* out) {
     const int vecs = (keys + kLanes - 1) / kLanes;
     int v = 0;
     for (; v + kVecs <= vecs; v += kVecs) {
+      if (tile.fetch) {
+        for (int i = 0; i < kVecs / kColumnVecs; ++i) prefetch_values(tile, v / kColumnVecs + i);
+      }
       scores<MR, kVecs>(q, tile.head_dim, tile.keys + v / kColumnVecs, tile.key_bytes, out + v * kLanes);
     }
     // The rest by whole columns: what lies past the last key is never looked at.
@@ -160,29 +183,43 @@ struct Attend {
       kernel(q, tile.head_dim, tile.keys + v / kColumnVecs, tile.key_bytes, out + v * kLanes);
     };
     switch ((vecs - v + kColumnVecs - 1) / kColumnVecs) {
-      case 0: break;
-      case 1: run(scores<MR, kColumnVecs>); break;
-      case 2: run(scores<MR, least(2 * kColumnVecs, kVecs)>); break;
-      default: run(scores<MR, least(3 * kColumnVecs, kVecs)>); break;
+      case 0:
+        break;
+      case 1:
+        run(scores<MR, kColumnVecs>);
+        break;
+      case 2:
+        run(scores<MR, least(2 * kColumnVecs, kVecs)>);
+        break;
+      default:
+        run(scores<MR, least(3 * kColumnVecs, kVecs)>);
+        break;
     }
   }
 
   template <int MR>
-  static void all_values(const Tile& tile, const Weight* p, int begin, int end, bool odd, const float* alpha, float* o) {
+  static void all_values(const Tile& tile, const Weight* p, int begin, int end, bool odd, const float* alpha,
+                         float* o) {
     const int vecs = tile.padded_dim / kLanes;
     for (int v = 0; v < vecs;) {
       const int parts = (vecs - v + kVecs - 1) / kVecs;
       const int count = (vecs - v + parts - 1) / parts;
       const int64_t offset = v * kLanes * 4;
       float* out = o + v * kLanes;
-      const auto run = [&](auto kernel) {
-        kernel(p, tile.values, offset, tile.value_bytes, begin, end, odd, alpha, out, tile.padded_dim);
-      };
+      const auto run = [&](auto kernel) { kernel(tile, p, offset, begin, end, odd, alpha, out); };
       switch (count) {
-        case 1: run(values<MR, 1>); break;
-        case 2: run(values<MR, 2>); break;
-        case 3: run(values<MR, least(3, kVecs)>); break;
-        default: run(values<MR, kVecs>); break;
+        case 1:
+          run(values<MR, 1>);
+          break;
+        case 2:
+          run(values<MR, 2>);
+          break;
+        case 3:
+          run(values<MR, least(3, kVecs)>);
+          break;
+        default:
+          run(values<MR, kVecs>);
+          break;
       }
       v += count;
     }
@@ -248,26 +285,43 @@ struct Attend {
   static void tile_group(const Tile& tile, const Weight* q, int rows, const int* keys, float* m, float* l, float* o) {
     static_assert(kRows == 6);
     switch (rows) {
-      case 1: return tile_rows<1>(tile, q, keys, m, l, o);
-      case 2: return tile_rows<2>(tile, q, keys, m, l, o);
-      case 3: return tile_rows<3>(tile, q, keys, m, l, o);
-      case 4: return tile_rows<4>(tile, q, keys, m, l, o);
-      case 5: return tile_rows<5>(tile, q, keys, m, l, o);
-      default: return tile_rows<6>(tile, q, keys, m, l, o);
+      case 1:
+        return tile_rows<1>(tile, q, keys, m, l, o);
+      case 2:
+        return tile_rows<2>(tile, q, keys, m, l, o);
+      case 3:
+        return tile_rows<3>(tile, q, keys, m, l, o);
+      case 4:
+        return tile_rows<4>(tile, q, keys, m, l, o);
+      case 5:
+        return tile_rows<5>(tile, q, keys, m, l, o);
+      default:
+        return tile_rows<6>(tile, q, keys, m, l, o);
     }
   }
 
   // ---- One item
 
-  static void find_columns(const AttentionItem& item, int begin, int end, Tile& tile) {
+  static const char* block_of(const AttentionItem& item, int column, int* within) {
     const int block_columns = item.layout.block_size / kColumn;
-    int column = begin / kColumn;
-    for (int i = 0; begin + i * kColumn < end; ++i, ++column) {
-      const char* block = reinterpret_cast<const char*>(item.kv) +
-                          item.block_table[column / block_columns] * item.layout.block_bytes;
-      const int within = column % block_columns;
+    *within = column % block_columns;
+    return reinterpret_cast<const char*>(item.kv) + item.block_table[column / block_columns] * item.layout.block_bytes;
+  }
+
+  // The columns of keys [begin, end), and those of the following tile's [begin + kTile, past) that may be fetched.
+  static void find_columns(const AttentionItem& item, int begin, int past, Tile& tile) {
+    int within = 0;
+    const int end = least(begin + kTile, past);
+    for (int i = 0; begin + i * kColumn < end; ++i) {
+      const char* block = block_of(item, begin / kColumn + i, &within);
       tile.keys[i] = block + within * kColumn * 4;
       tile.values[i] = block + item.layout.value_offset + within * (kColumn / 2) * F::kPairRows * tile.value_bytes;
+    }
+    tile.next = 0;
+    if (!tile.fetch) return;
+    for (; begin + kTile + tile.next * kColumn < least(begin + 2 * kTile, past); ++tile.next) {
+      const char* block = block_of(item, begin / kColumn + kTileColumns + tile.next, &within);
+      tile.next_keys[tile.next] = block + within * kColumn * 4;
     }
   }
 
@@ -297,22 +351,24 @@ struct Attend {
 
   static void segment(const AttentionItem& item, const Weight* q, int index, const State& state) {
     const int rows = item.positions * item.group;
-    const int past = least((index + 1) * kAttentionSegment, item.first + item.positions);
+    const int known = item.first + item.positions;
+    const int past = least((index + 1) * kAttentionSegment, known);
     Tile tile;
     tile.head_dim = item.layout.head_dim;
     tile.padded_dim = item.layout.padded_dim;
     tile.key_bytes = item.layout.block_size * 4;
     tile.value_bytes = tile.padded_dim * 4;
     tile.scale = item.scale;
+    tile.fetch = rows <= kRows;
     reset(item, state);
     for (int begin = index * kAttentionSegment; begin < past; begin += kTile) {
-      find_columns(item, begin, least(begin + kTile, past), tile);
+      find_columns(item, begin, known, tile);
       for (int row = 0; row < rows; row += kRows) {
         const int count = least(kRows, rows - row);
         int keys[kRows];
         for (int r = 0; r < count; ++r) {
-          const int known = item.first + (row + r) / item.group + 1 - begin;
-          keys[r] = known < 0 ? 0 : least(known, kTile);
+          const int seen = item.first + (row + r) / item.group + 1 - begin;
+          keys[r] = seen < 0 ? 0 : least(seen, kTile);
         }
         if (keys[count - 1] == 0) continue;
         tile_group(tile, q + row * tile.head_dim, count, keys, state.m + row, state.l + row,
@@ -334,8 +390,8 @@ struct Attend {
       float* sum = total.o + static_cast<int64_t>(r) * dim;
       const float* add = part.o + static_cast<int64_t>(r) * dim;
       for (int d = 0; d < dim; d += kLanes) {
-        F::store(sum + d, F::add(F::mul(F::load(sum + d), F::set(old_scale)),
-                                 F::mul(F::load(add + d), F::set(new_scale))));
+        F::store(sum + d,
+                 F::add(F::mul(F::load(sum + d), F::set(old_scale)), F::mul(F::load(add + d), F::set(new_scale))));
       }
     }
   }

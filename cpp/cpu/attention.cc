@@ -56,19 +56,44 @@ int32_t positions_per_item(int32_t group) {
 
 int32_t segments_of(int32_t keys) { return ceil_div(keys, kAttentionSegment); }
 
-// Writes one position's key and value to a head's block; `key`, `value`: [head_dim] in the cache's format.
+// Keys and values of one head at positions that lie in one column: [count][padded_dim], in the cache's format.
 template <class Cell>
-void write_kv(const KvLayout& layout, std::byte* head, int32_t within, const Cell* key, const Cell* value) {
-  auto* keys = reinterpret_cast<Cell*>(head);
-  auto* values = reinterpret_cast<Cell*>(head + layout.value_offset);
-  const int64_t size = layout.block_size;
+struct ColumnPart {
+  const Cell* keys;
+  const Cell* values;
+  int64_t count;
+};
+
+// Writes them to a head's block, from its position `within` on.
+template <class Cell>
+void write_kv(const KvLayout& layout, std::byte* head, int64_t within, const ColumnPart<Cell>& part) {
+  const int64_t stride = layout.padded_dim;
+  auto* const values = reinterpret_cast<Cell*>(head + layout.value_offset);
+  // In bfloat16 two dimensions of a key move as one.
+  constexpr int64_t kTogether = 4 / sizeof(Cell);
+  for (int64_t d = 0; d < layout.head_dim; d += kTogether) {
+    Cell* out = reinterpret_cast<Cell*>(head) + d * layout.block_size + within * kTogether;
+    for (int64_t i = 0; i < part.count; ++i) std::memcpy(out + i * kTogether, part.keys + i * stride + d, 4);
+  }
   if constexpr (sizeof(Cell) == 4) {
-    for (int64_t d = 0; d < layout.head_dim; ++d) keys[d * size + within] = key[d];
-    std::memcpy(values + int64_t{within} * layout.padded_dim, value, sizeof(Cell) * static_cast<size_t>(layout.head_dim));
+    for (int64_t i = 0; i < part.count; ++i) {
+      std::copy_n(part.values + i * stride, layout.head_dim, values + (within + i) * stride);
+    }
   } else {
-    for (int64_t d = 0; d < layout.head_dim; d += 2) std::memcpy(keys + d * size + 2 * within, key + d, 2 * sizeof(Cell));
-    Cell* out = values + int64_t{within / 2} * layout.padded_dim * 2 + within % 2;
-    for (int64_t d = 0; d < layout.head_dim; ++d) out[2 * d] = value[d];
+    for (int64_t i = 0; i < part.count; ++i) {
+      const int64_t key = within + i;
+      Cell* out = values + key / 2 * stride * 2;
+      const Cell* in = part.values + i * stride;
+      if (key % 2 == 0 && i + 1 < part.count) {
+        for (int64_t d = 0; d < layout.head_dim; ++d) {
+          out[2 * d] = in[d];
+          out[2 * d + 1] = in[stride + d];
+        }
+        ++i;
+      } else {
+        for (int64_t d = 0; d < layout.head_dim; ++d) out[2 * d + key % 2] = in[d];
+      }
+    }
   }
 }
 
@@ -85,7 +110,9 @@ PagedAttention::Room PagedAttention::room(const AttentionShape& shape, const Ste
   const int32_t run = positions_per_item(group);
   Room room;
   room.angles = int64_t{limits.max_rows} * shape.kv.head_dim;
-  room.thread = round_up(attention_scratch_floats(int64_t{run} * group, layout.padded_dim) + 2 * layout.padded_dim, int64_t{16});
+  // Between attentions it holds a column of rotated keys and of values.
+  room.thread = std::max(attention_scratch_floats(int64_t{run} * group, layout.padded_dim),
+                         int64_t{2 * kAttentionColumn} * layout.padded_dim);
   room.partials = pool_.size() == 1 ? 0
                                     : kSplitSequences * segments_of(limits.max_context) * shape.kv.kv_heads *
                                           attention_state_floats(group, layout.padded_dim);
@@ -199,37 +226,50 @@ void PagedAttention::rope_write_kv(const float* qkv, int32_t layer, void* q) {
 
 template <class Cell>
 void PagedAttention::rope_write(const float* qkv, int32_t layer, void* q) {
+  pool_.run([&](int thread) {
+    const int64_t first = int64_t{batch_.rows()} * thread / pool_.size();
+    const int64_t past = int64_t{batch_.rows()} * (thread + 1) / pool_.size();
+    for (const RaggedSeq& seq : batch_.seqs) {
+      int64_t row = std::max<int64_t>(first, seq.begin);
+      const int64_t end = std::min<int64_t>(past, seq.begin + seq.length);
+      while (row < end) {
+        // As many rows as lie in one column of keys.
+        const int64_t position = seq.computed + row - seq.begin;
+        const int64_t count = std::min(end - row, kAttentionColumn - position % kAttentionColumn);
+        rope_write_column<Cell>(qkv, layer, q, row, count, seq.block_table[position / layout_.block_size],
+                                position % layout_.block_size, thread);
+        row += count;
+      }
+    }
+  });
+}
+
+template <class Cell>
+void PagedAttention::rope_write_column(const float* qkv, int32_t layer, void* q, int64_t row, int64_t count,
+                                       int32_t block, int64_t within, int thread) {
   const int64_t dim = layout_.head_dim;
   const int64_t heads = shape_.heads;
   const int64_t kv_heads = shape_.kv.kv_heads;
   const int64_t in_stride = row_stride((heads + 2 * kv_heads) * dim);
   const int64_t q_stride = row_stride(heads * dim);
-  std::byte* const blocks = kv_ + layer * layout_.layer_bytes;
-  pool_.run([&](int thread) {
-    const int64_t begin = int64_t{batch_.rows()} * thread / pool_.size();
-    const int64_t end = int64_t{batch_.rows()} * (thread + 1) / pool_.size();
-    auto* key = reinterpret_cast<Cell*>(scratch_ + room_.thread * thread);
-    Cell* value = key + layout_.padded_dim;
-    for (const RaggedSeq& seq : batch_.seqs) {
-      for (int64_t row = std::max<int64_t>(begin, seq.begin); row < std::min<int64_t>(end, seq.begin + seq.length); ++row) {
-        const float* in = qkv + row * in_stride;
-        const float* cos = angles_ + row * dim;
-        const float* sin = cos + dim / 2;
-        Cell* out = static_cast<Cell*>(q) + row * q_stride;
-        for (int64_t head = 0; head < heads; ++head) {
-          kernels_.rotate(in + head * dim, cos, sin, layout_.head_dim, out + head * dim);
-        }
-        const auto position = static_cast<int32_t>(seq.computed + row - seq.begin);
-        std::byte* block = blocks + seq.block_table[position / layout_.block_size] * layout_.block_bytes;
-        const float* keys = in + heads * dim;
-        for (int64_t head = 0; head < kv_heads; ++head) {
-          kernels_.rotate(keys + head * dim, cos, sin, layout_.head_dim, key);
-          kernels_.convert(keys + (kv_heads + head) * dim, layout_.head_dim, value);
-          write_kv(layout_, block + head * layout_.head_bytes, position % layout_.block_size, key, value);
-        }
-      }
+  auto* const keys = reinterpret_cast<Cell*>(scratch_ + room_.thread * thread);
+  Cell* const values = keys + kAttentionColumn * layout_.padded_dim;
+  const auto rotate = [&](int64_t r, int64_t head, Cell* out) {
+    const float* cos = angles_ + r * dim;
+    kernels_.rotate(qkv + r * in_stride + head * dim, cos, cos + dim / 2, layout_.head_dim, out);
+  };
+  for (int64_t r = row; r < row + count; ++r) {
+    for (int64_t head = 0; head < heads; ++head) rotate(r, head, static_cast<Cell*>(q) + r * q_stride + head * dim);
+  }
+  std::byte* const at = kv_ + block * layout_.block_bytes + layer * layout_.layer_bytes;
+  for (int64_t head = 0; head < kv_heads; ++head) {
+    for (int64_t i = 0; i < count; ++i) {
+      rotate(row + i, heads + head, keys + i * layout_.padded_dim);
+      kernels_.convert(qkv + (row + i) * in_stride + (heads + kv_heads + head) * dim, layout_.head_dim,
+                       values + i * layout_.padded_dim);
     }
-  });
+    write_kv(layout_, at + head * layout_.head_bytes, within, ColumnPart<Cell>{keys, values, count});
+  }
 }
 
 void PagedAttention::attention(const void* q, int32_t layer, void* out) {
@@ -237,8 +277,8 @@ void PagedAttention::attention(const void* q, int32_t layer, void* out) {
   const int64_t items = static_cast<int64_t>(entries_.size()) * kv_heads;
   for (size_t split = 0; split < splits_.size(); ++split) {
     for (int64_t head = 0; head < kv_heads; ++head) {
-      unfinished_[split * static_cast<size_t>(kv_heads) + static_cast<size_t>(head)].store(
-          splits_[split].parts, std::memory_order_relaxed);
+      unfinished_[split * static_cast<size_t>(kv_heads) + static_cast<size_t>(head)].store(splits_[split].parts,
+                                                                                           std::memory_order_relaxed);
     }
   }
   next_item_.store(0, std::memory_order_relaxed);
@@ -246,7 +286,8 @@ void PagedAttention::attention(const void* q, int32_t layer, void* out) {
     for (;;) {
       const int64_t item = next_item_.fetch_add(1, std::memory_order_relaxed);
       if (item >= items) return;
-      run_item(entries_[static_cast<size_t>(item / kv_heads)], static_cast<int32_t>(item % kv_heads), layer, q, out, thread);
+      run_item(entries_[static_cast<size_t>(item / kv_heads)], static_cast<int32_t>(item % kv_heads), layer, q, out,
+               thread);
     }
   });
 }

@@ -71,6 +71,9 @@ class PagedAttention {
   void add_run(const Entry& run, int64_t fair);
   template <class Cell>
   void rope_write(const float* qkv, int32_t layer, void* q);
+  template <class Cell>
+  void rope_write_column(const float* qkv, int32_t layer, void* q, int64_t row, int64_t count, int32_t block,
+                         int64_t within, int thread);
   void run_item(const Entry& entry, int32_t head, int32_t layer, const void* q, void* out, int thread);
 
   DType dtype_;

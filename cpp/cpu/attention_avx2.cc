@@ -6,6 +6,7 @@ namespace splitfuse {
 namespace {
 
 #include "cpu/vector_avx2-inl.h"
+
 #include "cpu/attention-inl.h"
 
 struct F32 : Avx2 {

@@ -6,6 +6,7 @@ namespace splitfuse {
 namespace {
 
 #include "cpu/vector_avx512-inl.h"
+
 #include "cpu/attention-inl.h"
 
 struct F32 : Avx512 {
@@ -36,8 +37,7 @@ struct Bf16 : F32 {
 
   static Factors factors(const char* at, int64_t, int step) {
     const __m512i pairs = _mm512_loadu_si512(at);
-    return _mm512_castsi512_ps(step == 0 ? _mm512_slli_epi32(pairs, 16)
-                                         : _mm512_maskz_mov_epi16(0xaaaaaaaa, pairs));
+    return _mm512_castsi512_ps(step == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_maskz_mov_epi16(0xaaaaaaaa, pairs));
   }
   static Factors first_factors(const char* at) { return factors(at, 0, 0); }
   static void pack(const Cell* in, Weight* out) {

@@ -6,6 +6,7 @@ namespace splitfuse {
 namespace {
 
 #include "cpu/vector_avx512-inl.h"
+
 #include "cpu/attention-inl.h"
 
 // Both products of a pair in one instruction. Softmax weights are rounded to bfloat16, and it is the rounded

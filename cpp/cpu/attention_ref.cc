@@ -75,7 +75,8 @@ class Reference {
   static int position(const AttentionItem& item, int r) { return item.first + r / item.group; }
 
   static const Cell* block(const AttentionItem& item, int key) {
-    return reinterpret_cast<const Cell*>(item.kv + item.block_table[key / item.layout.block_size] * item.layout.block_bytes);
+    return reinterpret_cast<const Cell*>(item.kv +
+                                         item.block_table[key / item.layout.block_size] * item.layout.block_bytes);
   }
   static float key_at(const AttentionItem& item, int key, int d) {
     const int64_t size = item.layout.block_size;

@@ -11,13 +11,8 @@
 namespace splitfuse {
 
 CpuBackend::CpuBackend(DType dtype, int threads, Isa isa)
-    : dtype_(dtype),
-      isa_(isa),
-      pool_(threads == 0 ? usable_cores() : threads),
-      linears_(dtype, isa, pool_),
-      rows_(dtype, isa, pool_),
-      attention_(dtype, isa, pool_),
-      sampler_(isa, pool_) {}
+    : dtype_(dtype), isa_(isa), pool_(threads == 0 ? usable_cores() : threads), linears_(dtype, isa, pool_),
+      rows_(dtype, isa, pool_), attention_(dtype, isa, pool_), sampler_(isa, pool_) {}
 
 std::string CpuBackend::describe() const {
   return cat("cpu, ", isa_name(isa_), ", ", pool_.size(), pool_.size() == 1 ? " thread, " : " threads, ",
@@ -87,7 +82,8 @@ std::unique_ptr<Backend> make_cpu_backend(DType dtype, int threads, const std::s
   if (dtype != DType::kF32 && dtype != DType::kBF16) {
     throw ConfigError(cat("dtype: the CPU backend computes in float32 or bfloat16, not ", dtype_name(dtype)));
   }
-  if (threads < 0) throw ConfigError(cat("threads: ", threads, " is not a number of threads; 0 means all usable cores"));
+  if (threads < 0)
+    throw ConfigError(cat("threads: ", threads, " is not a number of threads; 0 means all usable cores"));
   return std::make_unique<CpuBackend>(dtype, threads, isa_from_name(isa));
 }
 

@@ -9,8 +9,10 @@
 namespace splitfuse {
 namespace {
 
-#include "cpu/vector_avx512-inl.h"
 #include "cpu/gemm_vector_avx512-inl.h"
+
+using Vec = GemmAvx512;
+
 #include "cpu/gemm-inl.h"
 
 constexpr int kRows = 8;
@@ -30,6 +32,8 @@ uint64_t read(const std::byte* data, int64_t bytes) {
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) all[j] = _mm512_setzero_si512();
   for (int64_t i = 0; i < bytes; i += 512) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) __builtin_prefetch(data + i + kAheadBytes + kLineBytes * j);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) all[j] = _mm512_or_si512(all[j], _mm512_loadu_si512(data + i + 64 * j));
   }

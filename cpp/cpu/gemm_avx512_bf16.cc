@@ -9,8 +9,15 @@
 namespace splitfuse {
 namespace {
 
-#include "cpu/vector_avx512-inl.h"
 #include "cpu/gemm_vector_avx512-inl.h"
+
+struct Vec : GemmAvx512 {
+  using GemmAvx512::store;
+  static void store(uint16_t* p, Reg x) {   // rounds as to_bf16 does, but makes denormals zero
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  }
+};
+
 #include "cpu/gemm-inl.h"
 
 constexpr int kRows = 8;

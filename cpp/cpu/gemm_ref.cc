@@ -53,8 +53,12 @@ void multiply(const GemmTask& task) {
       for (int32_t c = 0; c < outputs && p * outputs + c < task.columns; ++c) {
         const int64_t at = r * task.out_stride + p * outputs + c;
         switch (task.epilogue) {
-          case Epilogue::kStore: static_cast<float*>(task.out)[at] = sums[c]; break;
-          case Epilogue::kAdd: static_cast<float*>(task.out)[at] += sums[c]; break;
+          case Epilogue::kStore:
+            static_cast<float*>(task.out)[at] = sums[c];
+            break;
+          case Epilogue::kAdd:
+            static_cast<float*>(task.out)[at] += sums[c];
+            break;
           case Epilogue::kGate:
             static_cast<Element*>(task.out)[at] = Format::store(silu(sums[c]) * sums[kGateGroup + c]);
             break;

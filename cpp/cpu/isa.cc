@@ -30,18 +30,23 @@ Isa named(const std::string& name, const std::string& asked_by) {
   for (const std::string& isa : cpu_isas()) have += ", " + isa;
   bool known = false;
   for (Isa rung : kLadder) known |= name == isa_name(rung);
-  throw ConfigError(cat(asked_by, ": ", known ? "this machine cannot run the instruction set '" : "no instruction set '",
-                        name, "'; choose one of: ", have));
+  throw ConfigError(cat(asked_by, ": ",
+                        known ? "this machine cannot run the instruction set '" : "no instruction set '", name,
+                        "'; choose one of: ", have));
 }
 
 }  // namespace
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kRef: return "ref";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAvx512Bf16: return "avx512_bf16";
+    case Isa::kRef:
+      return "ref";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
   }
   return "?";
 }
@@ -53,10 +58,14 @@ bool isa_available(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   switch (isa) {
-    case Isa::kRef: return true;
-    case Isa::kAvx2: return avx2;
-    case Isa::kAvx512: return avx512;
-    case Isa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::kRef:
+      return true;
+    case Isa::kAvx2:
+      return avx2;
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else

@@ -28,7 +28,8 @@ GemmTable gemm_table(Isa isa) {
   return table;
 }
 
-/// One multiplication, cut up: each share into groups of panels, the rows into blocks; a piece is a group times a block.
+/// One multiplication, cut up: each share into groups of panels, the rows into blocks; a piece is a group times a
+/// block.
 struct LinearOps::Work {
   GemmTask task;             // of all rows and panels
   int32_t row_bytes = 0;     // of one row as the kernel reads it
@@ -39,9 +40,7 @@ struct LinearOps::Work {
 };
 
 LinearOps::LinearOps(DType dtype, Isa isa, ThreadPool& pool)
-    : dtype_(dtype),
-      pool_(pool),
-      kernel_(dtype == DType::kBF16 ? gemm_table(isa).bf16 : gemm_table(isa).f32),
+    : dtype_(dtype), pool_(pool), kernel_(dtype == DType::kBF16 ? gemm_table(isa).bf16 : gemm_table(isa).f32),
       shares_(new Share[static_cast<size_t>(pool.size())]) {}
 
 int64_t LinearOps::thread_floats() const { return kSumFloats + (kernel_.widen != nullptr ? kWidenFloats : 0); }
@@ -90,8 +89,7 @@ void LinearOps::divide(Work& work) {
 }
 
 /// `widened`: the block of rows that stands in scratch as f32.
-void LinearOps::run_piece(const Work& work, const Share& share, int32_t piece, float* scratch,
-                          int32_t& widened) const {
+void LinearOps::run_piece(const Work& work, const Share& share, int32_t piece, float* scratch, int32_t& widened) const {
   const int32_t block = piece % work.row_blocks;
   const int32_t group = piece / work.row_blocks;
   const int32_t row = block * work.block_rows;

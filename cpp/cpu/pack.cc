@@ -39,9 +39,15 @@ struct ToBf16 {
 template <class Function>
 void with_source(DType dtype, Function&& function) {
   switch (dtype) {
-    case DType::kF32: function(FromF32{}); return;
-    case DType::kBF16: function(FromBf16{}); return;
-    case DType::kF16: function(FromF16{}); return;
+    case DType::kF32:
+      function(FromF32{});
+      return;
+    case DType::kBF16:
+      function(FromBf16{});
+      return;
+    case DType::kF16:
+      function(FromF16{});
+      return;
   }
 }
 

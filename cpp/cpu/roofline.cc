@@ -11,9 +11,7 @@
 namespace splitfuse {
 namespace {
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 /// Largest work per second of any pass; `pass` returns its work. One pass goes before, to warm up.
 template <class Pass>
@@ -43,18 +41,18 @@ Roofline measure_roofline(DType dtype, int threads, Isa isa, double seconds) {
   Roofline roofline;
   const Memory memory(kReadBytes);
   roofline.read_gbps = 1e-9 * best_rate(seconds / 2, [&] {
-    pool.run([&](int thread) {
-      const int64_t begin = kReadBytes / kLine * thread / pool.size() * kLine;
-      const int64_t end = kReadBytes / kLine * (thread + 1) / pool.size() * kLine;
-      sink.fetch_or(table.read(memory.data() + begin, end - begin), std::memory_order_relaxed);
-    });
-    return static_cast<double>(kReadBytes);
-  });
+                         pool.run([&](int thread) {
+                           const int64_t begin = kReadBytes / kLine * thread / pool.size() * kLine;
+                           const int64_t end = kReadBytes / kLine * (thread + 1) / pool.size() * kLine;
+                           sink.fetch_or(table.read(memory.data() + begin, end - begin), std::memory_order_relaxed);
+                         });
+                         return static_cast<double>(kReadBytes);
+                       });
   roofline.peak_gflops = 1e-9 * best_rate(seconds / 2, [&] {
-    std::atomic<double> done{0};
-    pool.run([&](int) { done.fetch_add(kernel.peak(kRounds)); });
-    return done.load();
-  });
+                           std::atomic<double> done{0};
+                           pool.run([&](int) { done.fetch_add(kernel.peak(kRounds)); });
+                           return done.load();
+                         });
   return roofline;
 }
 

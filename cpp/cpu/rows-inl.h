@@ -28,8 +28,7 @@ struct Rows {
       const Reg value = Vec::get(x + i, columns - i);
       squares[0] = Vec::madd(value, value, squares[0]);
     }
-    const float sum =
-        Vec::reduce_add(Vec::add(Vec::add(squares[0], squares[1]), Vec::add(squares[2], squares[3])));
+    const float sum = Vec::reduce_add(Vec::add(Vec::add(squares[0], squares[1]), Vec::add(squares[2], squares[3])));
     const Reg scale = Vec::set(1.0f / __builtin_sqrtf(sum / static_cast<float>(columns) + eps));
     auto* cells = static_cast<Cell*>(out);
     for (i = 0; i < columns; i += kLanes) {
@@ -114,8 +113,8 @@ struct Rows {
 
 template <class Vec>
 void fill(DType dtype, RowKernels& kernels) {
-  kernels.rms_norm = dtype == DType::kF32 ? Rows<Vec>::template rms_norm<float>
-                                          : Rows<Vec>::template rms_norm<unsigned short>;
+  kernels.rms_norm =
+      dtype == DType::kF32 ? Rows<Vec>::template rms_norm<float> : Rows<Vec>::template rms_norm<unsigned short>;
   kernels.max = Rows<Vec>::max;
   kernels.weigh = Rows<Vec>::weigh;
   kernels.find = Rows<Vec>::find;

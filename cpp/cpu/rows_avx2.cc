@@ -6,6 +6,7 @@ namespace splitfuse {
 namespace {
 
 #include "cpu/vector_avx2-inl.h"
+
 #include "cpu/rows-inl.h"
 
 struct Vec : Avx2 {

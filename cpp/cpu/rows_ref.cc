@@ -12,9 +12,9 @@ void assign(uint16_t& out, float x) { out = float_to_bf16(x); }
 
 template <class Cell>
 void rms_norm(const float* x, const float* weight, float eps, int32_t columns, void* out) {
-  float squares = 0.0f;
-  for (int32_t i = 0; i < columns; ++i) squares += x[i] * x[i];
-  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(columns) + eps);
+  double squares = 0.0;
+  for (int32_t i = 0; i < columns; ++i) squares += double{x[i]} * x[i];
+  const auto scale = static_cast<float>(1.0 / std::sqrt(squares / columns + eps));
   for (int32_t i = 0; i < columns; ++i) assign(static_cast<Cell*>(out)[i], x[i] * scale * weight[i]);
 }
 

@@ -105,8 +105,8 @@ class Chooser {
   double total() {
     double sum = 0.0;
     for (int32_t begin = 0; begin < vocab_; begin += kChunk) {
-      const double part = kernels_.weigh(logits_ + begin, std::min(kChunk, vocab_ - begin), max_, scale_, floor_,
-                                         scratch_.weights);
+      const double part =
+          kernels_.weigh(logits_ + begin, std::min(kChunk, vocab_ - begin), max_, scale_, floor_, scratch_.weights);
       scratch_.sums[begin / kChunk] = part;
       sum += part;
     }

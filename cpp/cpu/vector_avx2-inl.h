@@ -21,8 +21,9 @@ struct Avx2 {
   }
   static Reg keep(Reg x, int n, Reg fill) { return _mm256_blendv_ps(fill, x, _mm256_castsi256_ps(lanes(n))); }
   // Lanes from n on are zero; their memory is not touched.
-  static Reg get(const float* p, int n) { return _mm256_maskload_ps(p, lanes(n)); }
-  static void put(float* p, Reg x, int n) { _mm256_maskstore_ps(p, lanes(n), x); }
+  static Reg get(const float* p, int n) { return n >= kLanes ? load(p) : _mm256_maskload_ps(p, lanes(n)); }
+  // Masked stores are slow on some processors: whole registers go without.
+  static void put(float* p, Reg x, int n) { n >= kLanes ? store(p, x) : _mm256_maskstore_ps(p, lanes(n), x); }
 
   static float reduce_add(Reg x) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -66,6 +67,6 @@ struct Avx2 {
   // n: a multiple of 4.
   static void put(unsigned short* p, Reg x, int n) {
     auto* out = reinterpret_cast<__m128i*>(p);
-    n == kLanes ? _mm_storeu_si128(out, to_bf16(x)) : _mm_storel_epi64(out, to_bf16(x));
+    n >= kLanes ? _mm_storeu_si128(out, to_bf16(x)) : _mm_storel_epi64(out, to_bf16(x));
   }
 };

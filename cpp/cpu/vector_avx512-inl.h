@@ -19,8 +19,9 @@ struct Avx512 {
   static __mmask16 lanes(int n) { return n >= kLanes ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
   static Reg keep(Reg x, int n, Reg fill) { return _mm512_mask_mov_ps(fill, lanes(n), x); }
   // Lanes from n on are zero; their memory is not touched.
-  static Reg get(const float* p, int n) { return _mm512_maskz_loadu_ps(lanes(n), p); }
-  static void put(float* p, Reg x, int n) { _mm512_mask_storeu_ps(p, lanes(n), x); }
+  static Reg get(const float* p, int n) { return n >= kLanes ? load(p) : _mm512_maskz_loadu_ps(lanes(n), p); }
+  // Masked stores are slow on some processors: whole registers go without.
+  static void put(float* p, Reg x, int n) { n >= kLanes ? store(p, x) : _mm512_mask_storeu_ps(p, lanes(n), x); }
 
   static float reduce_add(Reg x) {
     x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, _MM_SHUFFLE(1, 0, 3, 2)));
@@ -58,5 +59,8 @@ struct Avx512 {
     const __m512i kept = _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
   }
-  static void put(unsigned short* p, Reg x, int n) { _mm256_mask_storeu_epi16(p, lanes(n), to_bf16(x)); }
+  static void put(unsigned short* p, Reg x, int n) {
+    n >= kLanes ? _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(x))
+                : _mm256_mask_storeu_epi16(p, lanes(n), to_bf16(x));
+  }
 };

@@ -92,16 +92,15 @@ StoredTensor read_entry(const std::string& name, const Json& json, int64_t data_
 
 /// Tensors, sorted by place, must follow each other from `at` to `end`.
 void check_layout(const std::string& path, const std::vector<StoredTensor>& tensors, int64_t at, int64_t end) {
-  const StoredTensor* last = nullptr;
-  for (const StoredTensor& tensor : tensors) {
-    if (tensor.begin < at) {
-      refuse(path, "tensor ", json_quote(tensor.name), " overlaps tensor ", json_quote(last->name));
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const StoredTensor& tensor = tensors[i];
+    if (i > 0 && tensor.begin < at) {
+      refuse(path, "tensor ", json_quote(tensor.name), " overlaps tensor ", json_quote(tensors[i - 1].name));
     }
     if (tensor.begin > at) {
       refuse(path, tensor.begin - at, " bytes before tensor ", json_quote(tensor.name), " belong to no tensor");
     }
     at = tensor.begin + tensor.size;
-    last = &tensor;
   }
   if (at != end) refuse(path, "the last ", end - at, " bytes belong to no tensor");
 }

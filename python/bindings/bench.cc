@@ -114,8 +114,7 @@ py::dict linear_us(int32_t n, int32_t k, bool gated, int32_t rows, const std::st
     }
   });
   const double weight_count = static_cast<double>(n) * k * (gated ? 2 : 1);
-  return result_of(times, 2.0 * rows * weight_count,
-                   weight_count * static_cast<double>(dtype_size(backend.dtype())));
+  return result_of(times, 2.0 * rows * weight_count, weight_count * static_cast<double>(dtype_size(backend.dtype())));
 }
 
 py::dict attention_us(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t context, int32_t seqs, int32_t chunk,
@@ -125,7 +124,9 @@ py::dict attention_us(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t
   const int32_t blocks = ceil_div(length, block_size);
   const int32_t rows = seqs * chunk;
   const int32_t columns = (heads + 2 * kv_heads) * head_dim;
-  const AttentionShape shape = {{1, kv_heads, head_dim, block_size, blocks * seqs}, heads, 0.125f,
+  const AttentionShape shape = {{1, kv_heads, head_dim, block_size, blocks * seqs},
+                                heads,
+                                0.125f,
                                 std::vector<float>(static_cast<size_t>(head_dim) / 2, 0.01f)};
   Prepared prepared = prepare(dtype, threads, isa, shape, {rows, seqs, length, 1, 1});
   Backend& backend = *prepared.backend;
@@ -183,11 +184,12 @@ void register_bench(py::module_& module) {
       },
       py::arg("dtype") = "bfloat16", py::arg("threads") = 0, py::arg("isa") = "auto", py::arg("seconds") = 1.0,
       "Read bandwidth of memory (1e9 bytes/s) and peak of the multiply-add (1e9 operations/s), best of many passes.");
-  bench.def("linear_us", &linear_us, py::arg("n"), py::arg("k"), py::arg("gated") = false, py::arg("rows") = 1,
-            py::arg("dtype") = "bfloat16", py::arg("threads") = 0, py::arg("isa") = "auto", py::arg("seconds") = 0.2,
-            py::arg("cold") = true,
-            "One linear layer: median (us) and best (best_us) time of a call, and at the median its rate of arithmetic\n"
-            "(gflops) and of weights read (gbps). `cold`: every call finds its weights in memory, not in a cache.");
+  bench.def(
+      "linear_us", &linear_us, py::arg("n"), py::arg("k"), py::arg("gated") = false, py::arg("rows") = 1,
+      py::arg("dtype") = "bfloat16", py::arg("threads") = 0, py::arg("isa") = "auto", py::arg("seconds") = 0.2,
+      py::arg("cold") = true,
+      "One linear layer: median (us) and best (best_us) time of a call, and at the median its rate of arithmetic\n"
+      "(gflops) and of weights read (gbps). `cold`: every call finds its weights in memory, not in a cache.");
   bench.def("attention_us", &attention_us, py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
             py::arg("context"), py::arg("seqs") = 1, py::arg("chunk") = 1, py::arg("dtype") = "bfloat16",
             py::arg("threads") = 0, py::arg("isa") = "auto", py::arg("seconds") = 0.2, py::arg("block_size") = 32,

@@ -160,8 +160,8 @@ class Ops {
     std::vector<SampleRow> sample_rows(rows.size());
     for (size_t i = 0; i < rows.size(); ++i) {
       const auto row = rows[i].cast<py::dict>();
-      const auto get = [&row](const char* key, auto fallback) {
-        return row.contains(key) ? row[key].cast<decltype(fallback)>() : fallback;
+      const auto get = [&row]<class T>(const char* key, const T& fallback) {
+        return row.contains(key) ? row[key].cast<T>() : fallback;
       };
       owned[i] = {get("params", SamplingParams()), get("tokens", std::vector<Token>()),
                   get("stop_ids", std::vector<Token>())};
@@ -188,18 +188,16 @@ class Ops {
  private:
   /// Rows of row_stride(columns) elements on the device, zero at first.
   struct Matrix {
-    Matrix(Backend& backend, int32_t rows_, int32_t columns_, DType dtype_)
-        : rows(rows_),
-          columns(columns_),
-          dtype(dtype_),
-          stride(row_stride(columns_) * dtype_size(dtype_)),
-          buffer(backend.allocate(std::max<int64_t>(rows_ * stride, 1))) {}
+    Matrix(Backend& backend, int32_t row_count, int32_t column_count, DType format)
+        : rows(row_count), columns(column_count), dtype(format), stride(row_stride(column_count) * dtype_size(format)),
+          buffer(backend.allocate(std::max<int64_t>(row_count * stride, 1))) {}
 
     void* data() { return buffer.data(); }
     float* floats() { return reinterpret_cast<float*>(buffer.data()); }
 
     void fill(const Floats& values) {
-      need(values.ndim() == 2 && rows_of(values) == rows && columns_of(values) == columns, "an array has a wrong shape");
+      need(values.ndim() == 2 && rows_of(values) == rows && columns_of(values) == columns,
+           "an array has a wrong shape");
       for (int32_t r = 0; r < rows; ++r) {
         std::byte* row = buffer.data() + r * stride;
         for (int32_t c = 0; c < columns; ++c) {
@@ -218,7 +216,8 @@ class Ops {
       for (int32_t r = 0; r < rows; ++r) {
         const std::byte* row = buffer.data() + r * stride;
         for (int64_t i = columns * dtype_size(dtype); i < stride; ++i) {
-          if (row[i] != std::byte{kPoison}) throw Error(cat("the operation wrote beyond column ", columns, " of row ", r));
+          if (row[i] != std::byte{kPoison})
+            throw Error(cat("the operation wrote beyond column ", columns, " of row ", r));
         }
         for (int32_t c = 0; c < columns; ++c) {
           values.mutable_at(r, c) = dtype == DType::kF32 ? reinterpret_cast<const float*>(row)[c]
@@ -345,14 +344,16 @@ void register_testing(py::module_& module) {
              std::optional<float> scale, int32_t layers, int32_t layer) {
             std::vector<SeqChunk> chunks;
             for (const auto& [computed, length, table] : seqs) chunks.push_back({computed, length, table});
-            return self.paged(heads, kv_heads, head_dim, block_size, blocks, inv_freq, chunks, qkv, scale, layers, layer);
+            return self.paged(heads, kv_heads, head_dim, block_size, blocks, inv_freq, chunks, qkv, scale, layers,
+                              layer);
           },
           py::kw_only(), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size"),
           py::arg("blocks"), py::arg("inv_freq"), py::arg("seqs"), py::arg("qkv"), py::arg("scale") = none,
           py::arg("layers") = 1, py::arg("layer") = 0,
           "begin, rope_write_kv and attention of chunks (computed, length, block table) laid end to end: the result\n"
           "[rows, heads * head_dim]. The KV cache lives on until a call with another cache shape.")
-      .def("sample", &Ops::sample, py::arg("logits"), py::arg("rows"),
-           "[(token, logprob, [(token, logprob)])] for logits [rows, vocab] and a dict a row: params (SamplingParams),\n"
-           "tokens, prompt, stop_ids, target, top; what is left out is as in the native SampleRow, prompt all tokens.");
+      .def(
+          "sample", &Ops::sample, py::arg("logits"), py::arg("rows"),
+          "[(token, logprob, [(token, logprob)])] for logits [rows, vocab] and a dict a row: params (SamplingParams),\n"
+          "tokens, prompt, stop_ids, target, top; what is left out is as in the native SampleRow, prompt all tokens.");
 }

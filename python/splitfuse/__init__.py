@@ -23,7 +23,7 @@ from ._core import (
     StateError,
     StepPlan,
 )
-from ._core import MemoryError as MemoryError  # in no star import: it is a builtin's name
+from ._core import MemoryError as MemoryError  # noqa: A004 (no star import brings it)
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -91,5 +91,6 @@ def __dir__() -> list[str]:
 
 
 def cmake_prefix() -> str:
-    """The folder for CMAKE_PREFIX_PATH, so that find_package(splitfuse) finds the library of this installation."""
+    """The folder for CMAKE_PREFIX_PATH, so that find_package(splitfuse) finds the library of this
+    installation."""
     return os.path.dirname(os.path.abspath(_core.__file__))

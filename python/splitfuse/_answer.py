@@ -48,7 +48,9 @@ class Answer:
         if params.stop:
             self._stopper = StopChecker(params.stop, params.include_stop_str_in_output)
 
-    def add(self, token: int, finish_reason: str | None, logprobs: TokenLogprobs | None, logprob: float) -> Delta:
+    def add(
+        self, token: int, finish_reason: str | None, logprobs: TokenLogprobs | None, logprob: float
+    ) -> Delta:
         """Takes the next token, the last one if `finish_reason` is set. Finding a stop string sets
         `finish_reason` to "stop"."""
         self.token_ids.append(token)
@@ -106,7 +108,9 @@ class Answer:
         if self._tokenizer is None:
             return ""
         shown = self.token_ids[:-1] if self._hides(self.finish_reason) else self.token_ids
-        detokenizer = IncrementalDetokenizer(self._tokenizer, self._prompt_ids, self.params.skip_special_tokens)
+        detokenizer = IncrementalDetokenizer(
+            self._tokenizer, self._prompt_ids, self.params.skip_special_tokens
+        )
         return "".join([*map(detokenizer.add, shown), detokenizer.finish()])
 
 

@@ -1,6 +1,7 @@
 """The native engine. Shapes, units and errors are those of the C++ headers in include/splitfuse."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,9 @@ class SeqView:
     blocks: int
     shared: int
     priority: int
-    def __init__(self, id: int, known: int, computed: int, blocks: int = 0, shared: int = 0, priority: int = 0) -> None: ...
+    def __init__(
+        self, id: int, known: int, computed: int, blocks: int = 0, shared: int = 0, priority: int = 0
+    ) -> None: ...
 
 class Limits:
     max_tokens: int
@@ -256,3 +259,5 @@ def cpu_isas() -> list[str]:
     """The rungs of the ISA ladder this machine can run, lowest first."""
 
 def usable_cores() -> int: ...
+
+bench: ModuleType  # python/bindings/bench.cc: roofline, linear_us, attention_us, barrier_us

@@ -1,4 +1,5 @@
-"""Legacy `.bin` checkpoints (pickles). They are read through torch with weights_only, the one place that needs it."""
+"""Legacy `.bin` checkpoints (pickles). They are read through torch with weights_only, the one place that
+needs it."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def _load(file: Path) -> Mapping[str, torch.Tensor]:
         import torch
     except ImportError:
         raise CheckpointError(
-            f"{file}: a legacy .bin checkpoint needs torch to be read: pip install torch, or convert it to safetensors"
+            f"{file}: a legacy .bin checkpoint needs torch to be read: pip install torch, "
+            "or convert the model to safetensors"
         ) from None
     try:
         try:

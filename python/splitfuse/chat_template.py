@@ -1,4 +1,5 @@
-"""Chat templates: the Jinja dialect that models ship with, rendered in a sandbox as transformers renders it."""
+"""Chat templates: the Jinja dialect that models ship with, rendered in a sandbox as transformers renders
+it."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
 
 
 def _tojson(
@@ -64,7 +65,8 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as plain data: a template comes with the model and must not reach methods of a caller's objects."""
+    """`value` as plain data: a template comes with the model and must not reach methods of a caller's
+    objects."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):
@@ -96,7 +98,8 @@ def _check_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def render(template: str, messages: Any, *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
-    """The conversation as the text the model was trained on. `variables` are further names the template may use.
+    """The conversation as the text the model was trained on. `variables` are further names the template may
+    use.
 
     Raises ConfigError if the template is broken, InvalidArgument if it refuses the messages.
     """

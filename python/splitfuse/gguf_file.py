@@ -1,5 +1,6 @@
-"""The GGUF container: its metadata and where its tensors lie. Format: GGUF versions 2 and 3, little-endian, as
-described in ggml's docs/gguf.md. The `gguf` package reads it too, but takes seconds over a large vocabulary."""
+"""The GGUF container: its metadata and where its tensors lie. Format: GGUF versions 2 and 3, little-endian,
+as described in ggml's docs/gguf.md. The `gguf` package reads it too, but takes seconds over a large
+vocabulary."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ _MAX_DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """`shape` is row-major, the reverse of what the file says. `kind`: the name of its ggml type. `offset`: bytes
-    from the start of the file."""
+    """`shape` is row-major, the reverse of what the file says. `kind`: the name of its ggml type. `offset`:
+    bytes from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,8 +55,8 @@ class GgufFile:
         return data.reshape(rows, tensor.nbytes // rows)
 
     def read(self, tensor: GgufTensor) -> npt.NDArray[Any]:
-        """The tensor in its shape: float32, float16 or the bits of bfloat16 (uint16) as stored, a quantised one
-        dequantised to float32."""
+        """The tensor in its shape: float32, float16 or the bits of bfloat16 (uint16) as stored, a quantised
+        one dequantised to float32."""
         raw = self.raw(tensor)
         if tensor.kind in _FLOATS:
             return raw.view(_FLOATS[tensor.kind]).reshape(tensor.shape)
@@ -65,7 +67,8 @@ class GgufFile:
             values = dequantize(raw, GGMLQuantizationType[tensor.kind])
         except NotImplementedError as error:
             raise CheckpointError(
-                f"{self.path}: tensor {tensor.name!r} is {tensor.kind}, which the gguf package can't dequantise"
+                f"{self.path}: tensor {tensor.name!r} is {tensor.kind}, "
+                "which the gguf package can't dequantise"
             ) from error
         return values.reshape(tensor.shape)
 
@@ -173,7 +176,8 @@ class _Header:
             nbytes = math.prod(shape) // block * block_bytes
             if base + offset + nbytes > self._size:
                 raise self._error(
-                    f"truncated: tensor {name!r} ends at byte {base + offset + nbytes}, the file at {self._size}"
+                    f"truncated: tensor {name!r} ends at byte {base + offset + nbytes}, "
+                    f"the file at {self._size}"
                 )
             tensors[name] = GgufTensor(name, shape, kind.name, base + offset, nbytes)
         self._check_overlap(tensors)
@@ -181,7 +185,7 @@ class _Header:
 
     def _check_overlap(self, tensors: dict[str, GgufTensor]) -> None:
         in_order = sorted(tensors.values(), key=lambda tensor: tensor.offset)
-        for first, second in zip(in_order, in_order[1:], strict=False):
+        for first, second in pairwise(in_order):
             if first.offset + first.nbytes > second.offset:
                 raise self._error(f"tensors {first.name!r} and {second.name!r} overlap")
 

@@ -33,6 +33,8 @@ _HARMLESS = (
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
 )
+_LIMIT = 2**31
+_NO_TOKEN = 2**32 - 1
 _FREQUENCY_FACTORS = "rope_freqs.weight"
 # Metadata is float32, and so were the frequency factors when they were written.
 _TOLERANCE = 1e-4
@@ -70,7 +72,7 @@ def read_config(file: GgufFile) -> _core.ModelConfig:
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         rope=_rope(file, fields),
-        eos_token_ids=_eos_ids(file.metadata),
+        eos_token_ids=_eos_ids(file),
     )
     fields.check_rest()
     config.validate()
@@ -115,7 +117,8 @@ class _Fields:
         architecture = file.metadata.get("general.architecture")
         if architecture != "llama":
             raise ConfigError(
-                f"{file.path}: architecture {architecture!r} is not supported in a GGUF file; supported: llama"
+                f"{file.path}: architecture {architecture!r} is not supported in a GGUF file; "
+                "supported: llama"
             )
         if file.metadata.get("split.count", 1) > 1:
             raise ConfigError(
@@ -144,8 +147,8 @@ class _Fields:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.number(key, default)
-        if not isinstance(value, int) or value <= 0:
-            raise ConfigError(f"{self._file.path}: llama.{key} is {value!r}; expected a positive integer")
+        if not isinstance(value, int) or not 0 < value < _LIMIT:
+            raise ConfigError(f"{self._file.path}: llama.{key} is {value!r}; expected 1 to {_LIMIT - 1}")
         return value
 
     def expect(self, key: str, only: Any) -> None:
@@ -166,9 +169,17 @@ def _vocab_size(file: GgufFile) -> int:
     return table.shape[0]
 
 
-def _eos_ids(metadata: dict[str, Any]) -> list[int]:
-    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    return list(dict.fromkeys(id for id in ids if isinstance(id, int)))
+def _eos_ids(file: GgufFile) -> list[int]:
+    ids: list[int] = []
+    for key in ("eos", "eot", "eom"):  # end of sequence, of turn, of message
+        name = f"tokenizer.ggml.{key}_token_id"
+        token = file.metadata.get(name, _NO_TOKEN)
+        if token == _NO_TOKEN or token in ids:
+            continue
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < _LIMIT:
+            raise ConfigError(f"{file.path}: {name} is {token!r}; expected a token id")
+        ids.append(token)
+    return ids
 
 
 def _rope(file: GgufFile, fields: _Fields) -> _core.RopeConfig:
@@ -196,8 +207,8 @@ def _rope(file: GgufFile, fields: _Fields) -> _core.RopeConfig:
 def _llama3_rope(file: GgufFile, table: GgufTensor, theta: float, fields: _Fields) -> _core.RopeConfig:
     """The file holds what Llama 3.1's rule gave (each frequency's divisor); find the rule's parameters again.
 
-    The rule depends on low, high and the original length only through their ratios, so low = 1 and, as in every
-    published model, high = 4 are taken; what is found must give the file's own table.
+    The rule depends on low, high and the original length only through their ratios, so low = 1 and, as in
+    every published model, high = 4 are taken; what is found must give the file's own table.
     """
     factors = file.read(table).astype(np.float64).reshape(-1)
     head_dim = 2 * factors.size

@@ -12,10 +12,13 @@ from .gguf_file import GgufFile
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
 
-# How text is cut before byte-level BPE, by tokenizer.ggml.pre. These are facts of the models: one that was trained
-# with another pattern gets other tokens.
+# How text is cut before byte-level BPE, by tokenizer.ggml.pre. These are facts of the models: one that was
+# trained with another pattern gets other tokens.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3 = [_WORDS % "{1,3}"]
 _QWEN2 = [_WORDS % ""]
 _DIGITS_APART = [r"\p{N}", _GPT2]
@@ -35,8 +38,11 @@ _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
-def read_tokenizer(file: GgufFile) -> splitfuse_tokenizer.Tokenizer:
-    """Raises ConfigError for a kind of tokenizer that is not supported, CheckpointError if its data is bad."""
+def read_tokenizer(file: GgufFile) -> splitfuse_tokenizer.Tokenizer | None:
+    """None if the file describes none. Raises ConfigError for a kind of tokenizer that is not supported,
+    CheckpointError if its data is bad."""
+    if "tokenizer.ggml.model" not in file.metadata:
+        return None
     data = _Metadata(file)
     kind = data.get("model")
     if kind == "gpt2":
@@ -67,9 +73,9 @@ class _Metadata:
         self._metadata = file.metadata
         self.tokens: list[str] = self._list("tokens", str, None)
         self.types: list[int] = self._list("token_type", int, len(self.tokens)) or [1] * len(self.tokens)
-        self.vocabulary = {token: id for id, token in enumerate(self.tokens)}
+        self.vocabulary = {token: index for index, token in enumerate(self.tokens)}
         if len(self.vocabulary) != len(self.tokens):
-            twice = next(token for id, token in enumerate(self.tokens) if self.vocabulary[token] != id)
+            twice = next(token for index, token in enumerate(self.tokens) if self.vocabulary[token] != index)
             raise CheckpointError(f"{self.path}: tokenizer.ggml.tokens has {twice!r} twice")
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -90,18 +96,18 @@ class _Metadata:
     def special_tokens(self) -> dict[str, str]:
         special = {}
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-            id = self.get(f"{key}_token_id")
-            if id is None:
+            index = self.get(f"{key}_token_id")
+            if index is None:
                 continue
-            if not isinstance(id, int) or not 0 <= id < len(self.tokens):
+            if not isinstance(index, int) or not 0 <= index < len(self.tokens):
                 raise CheckpointError(
-                    f"{self.path}: tokenizer.ggml.{key}_token_id is {id}, beyond the vocabulary"
+                    f"{self.path}: tokenizer.ggml.{key}_token_id is {index}, beyond the vocabulary"
                 )
-            special[f"{role}_token"] = self.tokens[id]
+            special[f"{role}_token"] = self.tokens[index]
         return special
 
     def _list(self, key: str, kind: type, length: int | None) -> list[Any]:
-        values = self.get(key)
+        values: list[Any] = self.get(key)
         if values is None and key == "token_type":
             return []
         fine = isinstance(values, list) and (not values or isinstance(values[0], kind))
@@ -129,16 +135,17 @@ def _byte_level(data: _Metadata) -> tuple[Tokenizer, bool]:
 
 
 def _sentencepiece(data: _Metadata) -> Tokenizer:
-    """SentencePiece BPE merges whatever pair makes the piece with the best score: written out as a list of merges."""
+    """SentencePiece BPE merges whatever pair makes the piece with the best score: written out as a list of
+    merges."""
     vocabulary, scores = data.vocabulary, data.scores()
     merges = []
-    for id, piece in enumerate(data.tokens):
-        if data.types[id] in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+    for index, piece in enumerate(data.tokens):
+        if data.types[index] in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             continue
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
         known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        merges += [(-scores[id], id, pair) for pair in known]
+        merges += [(-scores[index], index, pair) for pair in known]
     merges.sort(key=lambda merge: merge[:2])
     unknown = data.get("unknown_token_id", 0)
     backend = _bpe(

@@ -11,6 +11,7 @@ from pathlib import Path
 from ._core import CheckpointError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SECONDS = 10.0  # for the first answer; a download may take its time
 _SIDE_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
     r"|merges\.txt|tokenizer\.model|chat_template\.jinja"
@@ -38,8 +39,8 @@ def is_offline() -> bool:
 
 
 def is_reachable(repo: str, seconds: float) -> bool:
-    """Whether the hub answers for `repo` within `seconds`, come what may: a name server can be slow beyond any
-    timeout of the client."""
+    """Whether the hub answers for `repo` within `seconds`, come what may: a name server can be slow beyond
+    any timeout of the client."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -58,13 +59,21 @@ def is_reachable(repo: str, seconds: float) -> bool:
 
 
 def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
-    """The folder of what is already here of `repo`; touches no network."""
+    """The folder of `repo` in the hub's cache, if its configuration and weights are there; touches no
+    network."""
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    try:  # the client would miss the files that were never asked for
+        folder = snapshot_download(
+            repo, revision=revision, local_files_only=True, allow_patterns="config.json"
+        )
     except (OSError, ValueError):
         return None
+    here = [file.name for file in Path(folder).iterdir()]
+    whole = "config.json" in here and any(
+        _SAFETENSORS.fullmatch(name) or _BIN.fullmatch(name) for name in here
+    )
+    return Path(folder) if whole else None
 
 
 def snapshot(repo: str, revision: str | None = None) -> Path:
@@ -78,19 +87,20 @@ def snapshot(repo: str, revision: str | None = None) -> Path:
     if is_offline():
         return _only_cached(repo, revision, "HF_HUB_OFFLINE is set")
     try:
-        siblings = HfApi().model_info(repo, revision=revision).siblings or []
+        siblings = HfApi().model_info(repo, revision=revision, timeout=_SECONDS).siblings or []
         wanted = _choose(repo, [sibling.rfilename for sibling in siblings])
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except hub_errors.GatedRepoError:
         raise CheckpointError(
-            f"{repo}: access is restricted; ask for it at https://huggingface.co/{repo} and log in with `hf auth login`"
+            f"{repo}: access is restricted; ask for it at https://huggingface.co/{repo} and log in with "
+            "`hf auth login`"
         ) from None
     except hub_errors.RevisionNotFoundError:
         raise CheckpointError(f"{repo}: the hub has no revision {revision!r}") from None
     except hub_errors.RepositoryNotFoundError:
         raise CheckpointError(
-            f"{repo}: neither a file or directory here nor a model on the Hugging Face hub; for a private one log in "
-            "with `hf auth login`"
+            f"{repo}: neither a file or directory here nor a model on the Hugging Face hub; for a private "
+            "one log in with `hf auth login`"
         ) from None
     except CheckpointError:
         raise
@@ -109,8 +119,9 @@ def _only_cached(repo: str, revision: str | None, reason: str) -> Path:
 
 def _choose(repo: str, files: Iterable[str]) -> list[str]:
     names = list(files)
-    for weights in (_SAFETENSORS, _BIN):
-        if chosen := [name for name in names if weights.fullmatch(name)]:
+    for whole, weights in (("model.safetensors", _SAFETENSORS), ("pytorch_model.bin", _BIN)):
+        shards = [name for name in names if weights.fullmatch(name)]
+        if chosen := [whole] if whole in names else shards:
             return [*chosen, *(name for name in names if _SIDE_FILES.fullmatch(name))]
     other = [name for name in names if name.endswith((".gguf", ".safetensors", ".bin"))]
     hint = f"; it has {', '.join(other[:3])}: download one and give its path" if other else ""

@@ -26,18 +26,34 @@ _POLL = 0.2  # seconds between looks at the progress of a batch
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
+_Asked = tuple[str | None, Sequence[int]]  # a prompt's text, if it came as text, and its tokens
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 
 
 def parse_bytes(value: int | str) -> int:
-    """A size: a number of bytes, or text such as "512MiB", "2GB", "1.5 GiB". Raises ConfigError on anything else."""
+    """A size: a number of bytes, or text such as "512MiB", "2GB", "1.5 GiB". Raises ConfigError on anything
+    else."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value > 0:
             return value
     elif isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", value, re.IGNORECASE)
-        if match and match[2].lower() in _UNITS and (size := int(float(match[1]) * _UNITS[match[2].lower()])) > 0:
+        if (
+            match
+            and match[2].lower() in _UNITS
+            and (size := int(float(match[1]) * _UNITS[match[2].lower()])) > 0
+        ):
             return size
     raise ConfigError(f'a size must be bytes, or text such as "512MiB" or "2GB", not {value!r}')
 
@@ -54,12 +70,17 @@ def engine_config(
     prefix_caching: bool = True,
     isa: str = "auto",
 ) -> EngineConfig:
-    """The native configuration of what `LLM` takes; its docstring says what each means. Raises ConfigError."""
+    """The native configuration of what `LLM` takes; its docstring says what each means. Raises
+    ConfigError."""
     if token_budget == "auto":
         token_budget = 0
     elif not isinstance(token_budget, int) or token_budget < 1:
         raise ConfigError(f'token_budget must be "auto" or an integer of at least 1, not {token_budget!r}')
-    for name, value in (("threads", threads), ("max_sequences", max_sequences), ("max_model_len", max_model_len)):
+    for name, value in (
+        ("threads", threads),
+        ("max_sequences", max_sequences),
+        ("max_model_len", max_model_len),
+    ):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"{name} must be an integer of at least 1, not {value!r}")
     return EngineConfig(
@@ -81,14 +102,14 @@ class LLM:
     model: a Hugging Face directory or hub id, a .gguf file, what `splitfuse convert` wrote, or "demo".
     device: "cpu", or "auto". dtype: "bfloat16" (auto) or "float32", of weights, activations and KV cache.
     threads: None takes the cores this process may use. isa: the CPU's instruction sets, "auto" or a rung of
-    `splitfuse info`'s ladder. token_budget: tokens of one forward; "auto" measures at start. max_sequences: of one
-    forward. max_model_len: longest sequence, prompt and answer; None: what model and KV memory allow.
+    `splitfuse info`'s ladder. token_budget: tokens of one forward; "auto" measures at start. max_sequences:
+    of one forward. max_model_len: longest sequence, prompt and answer; None: what model and KV memory allow.
     kv_memory: of the KV cache, bytes or "512MiB"; "auto": 1 GiB, or one longest sequence if that is more.
-    prefix_caching: reuse the keys and values of prompts that begin alike.
-    verbose: print the memory plan on stderr; None: where that is a terminal. It is logged either way.
+    prefix_caching: reuse the keys and values of prompts that begin alike. verbose: print the memory plan on
+    stderr; None: where that is a terminal. It is logged either way.
 
-    All memory is taken here. Safe to use from several threads: their requests run together. `close()` gives the memory
-    back; so does leaving a `with` block, or the end of the program.
+    All memory is taken here. Safe to use from several threads: their requests run together. `close()` gives
+    the memory back; so does leaving a `with` block, or the end of the program.
     """
 
     def __init__(
@@ -119,7 +140,7 @@ class LLM:
         )
         from .loader import load
 
-        loaded = load(model)
+        loaded = load(os.fspath(model))
         say = _Says(on_terminal() if verbose is None else verbose)
         say(str(_core.plan_memory(loaded.config, config)).rstrip())
         with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
@@ -166,9 +187,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues one prompt or many, each text or a list of token ids; one result a prompt, in order.
 
-        `params`: one for all, or one a prompt. `progress`: show a bar; None: on a terminal. Everything is checked
-        before anything runs: a bad prompt or parameter is an InvalidArgument. A request whose
-        logits are not finite ends alone, with `finish_reason` "error"; if the engine fails, that is raised. Ctrl-C
+        `params`: one for all, or one a prompt. `progress`: show a bar; None: on a terminal. Everything is
+        checked before anything runs: a bad prompt or parameter is an InvalidArgument. A request whose logits
+        are not finite ends alone, with `finish_reason` "error"; if the engine fails, that is raised. Ctrl-C
         cancels.
         """
         self._check_open()
@@ -193,23 +214,24 @@ class LLM:
     def stream(
         self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[str]:
-        """The answer to one prompt or conversation in pieces, as they come. Checked at once; it starts to run with
-        the first piece, and leaving the loop cancels it."""
+        """The answer to one prompt or conversation in pieces, as they come. Checked at once; it starts to run
+        with the first piece, and leaving the loop cancels it."""
         self._check_open()
         if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
-            text, ids = self._conversation(prompt, {})  # type: ignore[arg-type]
+            asked: _Asked = self._conversation(prompt, {})  # type: ignore[arg-type]
         else:
-            text, ids = self._prompt(prompt)  # type: ignore[arg-type]
+            asked = self._prompt(prompt)  # type: ignore[arg-type]
         params = params if params is not None else SamplingParams()
-        self.scheduler.check(ids, params)
+        self.scheduler.check(asked[1], params)
         if params.n != 1:
             raise InvalidArgument(f"a stream has one answer, so n must be 1, not {params.n}")
         if self.tokenizer is None:
             raise InvalidArgument("a stream of text needs a tokenizer, and this model came without one")
-        return self._stream(text, ids, params)
+        return self._stream(*asked, params)
 
     def close(self) -> None:
-        """Cancels what runs and gives all memory back. Any later call raises StateError; closing again does nothing."""
+        """Cancels what runs and gives all memory back. Any later call raises StateError; closing again does
+        nothing."""
         self._close()
 
     def __enter__(self) -> LLM:
@@ -227,12 +249,12 @@ class LLM:
         if not self._close.alive:
             raise StateError("this LLM is closed")
 
-    def _prompt(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+    def _prompt(self, prompt: Prompt) -> _Asked:
         if not isinstance(prompt, str):
             return None, prompt
         return prompt, self._tokenizer_for("text prompts").encode(prompt)
 
-    def _conversation(self, messages: Sequence[Message], extra: Mapping[str, Any]) -> tuple[str, list[int]]:
+    def _conversation(self, messages: Sequence[Message], extra: Mapping[str, Any]) -> _Asked:
         tokenizer = self._tokenizer_for("conversations")
         text = tokenizer.render_chat(messages, **extra)
         return text, tokenizer.encode(text, add_special_tokens=False)
@@ -244,14 +266,16 @@ class LLM:
 
     def _run(
         self,
-        prompts: list[tuple[str | None, Sequence[int]]],
+        prompts: list[_Asked],
         params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool | None,
     ) -> list[RequestOutput]:
         if params is None or isinstance(params, SamplingParams):
             params = [params if params is not None else SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
-            raise InvalidArgument(f"{len(prompts)} prompts but {len(params)} params: give one for all, or one a prompt")
+            raise InvalidArgument(
+                f"{len(prompts)} prompts but {len(params)} params: give one for all, or one a prompt"
+            )
         for i, ((_, ids), each) in enumerate(zip(prompts, params, strict=True)):
             try:
                 self.scheduler.check(ids, each)
@@ -305,7 +329,7 @@ class _Says:
 
 
 def _shut_down(scheduler: Scheduler, engine: Engine) -> None:
-    scheduler.stop(drain=False)
+    scheduler.close()
     engine.close()
 
 
@@ -314,14 +338,17 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     if not hasattr(prompts, "__len__") or isinstance(prompts, (bytes, Mapping)):
-        raise InvalidArgument(f"prompts must be text, token ids, or a list of these, not {type(prompts).__name__}")
+        raise InvalidArgument(
+            f"prompts must be text, token ids, or a list of these, not {type(prompts).__name__}"
+        )
     if len(prompts) > 0 and not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__"):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
 
 def _result(request: Request) -> RequestOutput:
-    """What a batch gives back for it: output that is not finite costs nobody else, other failures are raised."""
+    """What a batch gives back for it: output that is not finite costs nobody else, other failures are
+    raised."""
     if isinstance(request.error, NotFinite) and request.output is not None:
         _log.warning("%s", request.error)
         return request.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -13,9 +14,10 @@ from typing import Any
 
 from . import _core
 from ._core import CheckpointError, ConfigError
+from ._progress import byte_bar, on_terminal
 from .models import Family, family_of
 from .models.family import Fields
-from .tokenizer import Tokenizer, read_json
+from .tokenizer import Tokenizer, find_tokenizer, read_json
 
 DEMO = "demo"
 Progress = Callable[[int, int], None]
@@ -25,7 +27,8 @@ _NAMED_AT_MOST = 5
 
 @dataclass
 class LoadedModel:
-    """What an engine and its text layer need. `weights` reads the tensors when the engine asks for them, once.
+    """What an engine and its text layer need. `weights` reads the tensors when the engine asks for them,
+    once.
 
     `generation_config`: what the model's makers suggest for sampling, as they wrote it.
     """
@@ -35,11 +38,12 @@ class LoadedModel:
     name: str
     path: Path
     generation_config: dict[str, Any] = field(default_factory=dict)
-    make_tokenizer: Callable[[], Tokenizer] = field(repr=False, kw_only=True)
+    make_tokenizer: Callable[[], Tokenizer | None] = field(repr=False, kw_only=True)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Made when it is first used. Raises CheckpointError if the model came without one."""
+    def tokenizer(self) -> Tokenizer | None:
+        """Made when it is first used; None if the model came without one. Raises CheckpointError if it is
+        damaged, ConfigError if it is of a kind that is not supported."""
         return self.make_tokenizer()
 
     def save(self, directory: str | Path, dtype: str = "bfloat16", progress: Progress | None = None) -> None:
@@ -48,21 +52,24 @@ class LoadedModel:
         if (out / "config.json").exists():
             raise CheckpointError(f"{out}: holds another model; choose a new directory")
         out.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(out)
+        if self.tokenizer is not None:
+            self.tokenizer.save(out)
         text = json.dumps(self.generation_config, indent=2) + "\n"
         (out / "generation_config.json").write_text(text, encoding="utf-8")
         _core.write_checkpoint(self.config, self.weights, dtype, str(out / "model.safetensors"), progress)
 
 
-def load(model: str | Path, *, revision: str | None = None, show_progress: bool = True) -> LoadedModel:
+def load(
+    model: str | os.PathLike[str], *, revision: str | None = None, show_progress: bool = True
+) -> LoadedModel:
     """Opens `model`; the weights are not read yet.
 
-    `model`: a directory with Hugging Face files, what `splitfuse convert` wrote (directory or file), a .gguf file,
-    a model's name on the Hugging Face hub, or "demo". `revision`: of a hub model.
+    `model`: a directory with Hugging Face files, what `splitfuse convert` wrote (directory or file), a .gguf
+    file, a model's name on the Hugging Face hub, or "demo". `revision`: of a hub model.
 
     Raises CheckpointError or ConfigError, in one line that names the file and what is wrong with it.
     """
-    name = str(model)
+    name = os.fspath(model)
     if name == DEMO:
         return _load_demo(show_progress)
     path = Path(name).expanduser()
@@ -85,14 +92,16 @@ def check_names(
     found: Mapping[str, tuple[int, ...]],
     harmless: Callable[[str], bool],
 ) -> None:
-    """Raises CheckpointError, naming tensors, unless `found` has those `needed` in their shapes, and no others."""
+    """Raises CheckpointError, naming tensors, unless `found` has those `needed` in their shapes, and no
+    others."""
     if missing := [name for name in needed if name not in found]:
         raise CheckpointError(f"{where}: {_listed(missing, 'is', 'are')} missing")
     wrong = [name for name in needed if tuple(found[name]) != tuple(needed[name])]
     if wrong:
         name = wrong[0]
         raise CheckpointError(
-            f"{where}: tensor {name!r} has shape {list(found[name])}; the configuration asks for {list(needed[name])}"
+            f"{where}: tensor {name!r} has shape {list(found[name])}; "
+            f"the configuration asks for {list(needed[name])}"
         )
     if unknown := [name for name in found if name not in needed and not harmless(name)]:
         raise CheckpointError(f"{where}: {_listed(unknown, 'has', 'have')} no place in this model")
@@ -117,15 +126,10 @@ def _load_demo(show_progress: bool) -> LoadedModel:
     path = demo.fetch(show_progress)
     if path.is_dir():
         return _load_directory(path, DEMO)
-    with (
-        tempfile.TemporaryDirectory(prefix=".convert-", dir=demo.folder()) as work,
-        demo.progress(show_progress) as bars,
-    ):
-        task = bars.add_task("Converting", total=None)
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=demo.folder()) as work:
         new = Path(work) / "converted"
-        _load_gguf(path).save(
-            new, "float32", lambda done, total: bars.update(task, completed=done, total=total)
-        )
+        with byte_bar("Converting", show_progress and on_terminal()) as progress:
+            _load_gguf(path).save(new, "float32", progress)
         return _load_directory(demo.install(new), DEMO)
 
 
@@ -160,7 +164,7 @@ def _load_canonical(file: Path, name: str) -> LoadedModel:
         name,
         file.parent,
         _generation_config(file.parent),
-        make_tokenizer=lambda: Tokenizer.from_directory(file.parent),
+        make_tokenizer=lambda: find_tokenizer(file.parent),
     )
 
 
@@ -172,13 +176,14 @@ def _load_gguf(path: Path) -> LoadedModel:
     config = gguf_model.read_config(file)
     gguf_model.check_tensors(file, config)
 
-    def make_tokenizer() -> Tokenizer:
+    def make_tokenizer() -> Tokenizer | None:
         from .gguf_tokenizer import read_tokenizer
 
         return read_tokenizer(file)
 
-    name = str(file.metadata.get("general.name") or path.stem)
-    return LoadedModel(config, gguf_model.weights(file, config), name, path, make_tokenizer=make_tokenizer)
+    return LoadedModel(
+        config, gguf_model.weights(file, config), path.stem, path, make_tokenizer=make_tokenizer
+    )
 
 
 def _load_hugging_face(path: Path, name: str) -> LoadedModel:
@@ -196,7 +201,7 @@ def _load_hugging_face(path: Path, name: str) -> LoadedModel:
         name,
         path,
         generation,
-        make_tokenizer=lambda: Tokenizer.from_directory(path),
+        make_tokenizer=lambda: find_tokenizer(path),
     )
 
 

@@ -27,8 +27,8 @@ class Response:
 
 
 def pipeline(model: str | os.PathLike[str], *, max_length: int | None = None, **options: Any) -> Pipeline:
-    """A model to call, with the parameters of mii.pipeline. `max_length`: longest sequence, prompt and answer;
-    `options`: those of `LLM`."""
+    """A model to call, with the parameters of mii.pipeline. `max_length`: longest sequence, prompt and
+    answer; `options`: those of `LLM`."""
     return Pipeline(LLM(model, max_model_len=max_length, **options))
 
 
@@ -56,28 +56,35 @@ class Pipeline:
     ) -> list[Response]:
         """One Response a prompt, in order. Parameters and defaults are MII's.
 
-        max_length: of prompt and answer in tokens; None: the model's. max_new_tokens: of the answer; None: what
-        max_length leaves. do_sample=False is greedy, whatever temperature, top_p and top_k say. return_full_text: the text
-        begins with the prompt. streaming_fn: called with [piece] as the answer to a single prompt comes.
+        max_length: of prompt and answer in tokens; None: the model's. max_new_tokens: of the answer; None:
+        what max_length leaves. do_sample=False is greedy, whatever temperature, top_p and top_k say.
+        return_full_text: the text begins with the prompt. streaming_fn: called with [piece] as the answer to
+        a single prompt comes.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if streaming_fn is not None and len(texts) != 1:
             raise InvalidArgument(f"streaming_fn takes the answer to a single prompt, not to {len(texts)}")
-        sampling = {"top_p": top_p, "top_k": top_k or 0, "temperature": 1.0 if temperature is None else temperature}
+        sampling: dict[str, Any] = {"temperature": 0.0}
+        if do_sample:
+            sampling = {"temperature": 1.0 if temperature is None else temperature, "top_p": top_p}
+            sampling["top_k"] = top_k or 0
         params = [
             SamplingParams(
                 max_tokens=self._limit(text, max_length, max_new_tokens),
                 min_tokens=min_new_tokens,
                 stop=stop,
                 ignore_eos=ignore_eos,
-                **(sampling if do_sample else {"temperature": 0.0}),
+                **sampling,
             )
             for text in texts
         ]
         if streaming_fn is not None:
             return [self._stream(texts[0], params[0], streaming_fn, return_full_text)]
         outputs = self.llm.generate(texts, params)
-        return [_response(o.prompt or "", len(o.prompt_token_ids), o.outputs[0], return_full_text) for o in outputs]
+        return [
+            _response(o.prompt or "", len(o.prompt_token_ids), o.outputs[0], return_full_text)
+            for o in outputs
+        ]
 
     def destroy(self) -> None:
         """Gives the model's memory back."""
@@ -93,7 +100,11 @@ class Pipeline:
         return left if max_new_tokens is None else min(left, max_new_tokens)
 
     def _stream(
-        self, text: str, params: SamplingParams, streaming_fn: Callable[[list[Response]], None], full_text: bool
+        self,
+        text: str,
+        params: SamplingParams,
+        streaming_fn: Callable[[list[Response]], None],
+        full_text: bool,
     ) -> Response:
         ids = self.llm.tokenizer.encode(text) if self.llm.tokenizer is not None else []
         first = True

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from . import _core
 from ._core import InvalidArgument
 
@@ -26,9 +29,9 @@ _INT32_MAX = 2**31 - 1
 class SamplingParams:
     """How the tokens of a request are chosen. Names and defaults are vLLM's.
 
-    Logits pass, in this order: penalties, logit_bias, min_tokens, temperature, min_p, top_k, top_p. Values are
-    checked here; one out of range is an `InvalidArgument` (a ValueError) that names it. Immutable, so one object
-    may serve many prompts: `dataclasses.replace` makes variants.
+    Logits pass, in this order: penalties, logit_bias, min_tokens, temperature, min_p, top_k, top_p. Values
+    are checked here; one out of range is an `InvalidArgument` (a ValueError) that names it. Immutable, so one
+    object may serve many prompts: `dataclasses.replace` makes variants.
     """
 
     n: int = 1
@@ -46,7 +49,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than this share of the most likely one, [0, 1]."""
     seed: int | None = None
-    """0 .. 2**64 - 1. The same seed gives the same answer, whatever else runs; None: a fresh one each request."""
+    """0 .. 2**64 - 1. The same seed gives the same answer, whatever else runs; None: a fresh one each
+    request."""
     stop: str | Sequence[str] = ()
     """Text that ends the answer; it may lie across token borders. Not part of the answer's text."""
     stop_token_ids: Sequence[int] = ()
@@ -90,7 +94,9 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name} must be True or False, not {getattr(self, name)!r}")
-        penalty = _number("repetition_penalty", self.repetition_penalty, 0.0, _FLOAT32_MAX, "more than 0", open_low=True)
+        penalty = _number(
+            "repetition_penalty", self.repetition_penalty, 0.0, _FLOAT32_MAX, "more than 0", open_low=True
+        )
         put(self, "repetition_penalty", penalty)
         for name in ("presence_penalty", "frequency_penalty"):
             put(self, name, _number(name, getattr(self, name), -2.0, 2.0, "in [-2, 2]"))
@@ -173,6 +179,43 @@ def _logit_bias(value: Any) -> dict[int, float]:
     }
 
 
+def check_request(
+    prompt_token_ids: Sequence[int] | npt.NDArray[Any],
+    params: SamplingParams,
+    vocab_size: int,
+    max_model_len: int,
+) -> list[int]:
+    """The prompt as a list of ids, or InvalidArgument if no engine of this vocabulary and context could serve
+    the request."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidArgument(f"params must be a SamplingParams, not {type(params).__name__}")
+    try:
+        ids = np.asarray(prompt_token_ids)
+    except ValueError:
+        raise InvalidArgument("a prompt must be a flat list of integer token ids") from None
+    if ids.size == 0:
+        raise InvalidArgument("the prompt is empty: at least one token is needed")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InvalidArgument("a prompt must be a flat list of integer token ids")
+    allowed = f"is outside the vocabulary, 0 to {vocab_size - 1}"
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise InvalidArgument(
+            f"prompt token {next(int(t) for t in ids if not 0 <= t < vocab_size)} {allowed}"
+        )
+    for name, named in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+        for token in named:
+            if token >= vocab_size:
+                raise InvalidArgument(f"{name}: token {token} {allowed}")
+    if len(ids) + (params.max_tokens or 1) > max_model_len:
+        asked = f" and max_tokens of {params.max_tokens}" if params.max_tokens is not None else ""
+        raise InvalidArgument(
+            f"a prompt of {len(ids)} tokens{asked} exceeds the context of {max_model_len} tokens: shorten "
+            "it, lower max_tokens (None takes what is left), or raise max_model_len"
+        )
+    tokens: list[int] = ids.tolist()
+    return tokens
+
+
 class NotFinite(_core.Error):
     """The logits of a request were not finite numbers, so no token could be chosen. It alone has ended."""
 
@@ -210,7 +253,8 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """The answer as text; "" without a tokenizer. An answer nobody streamed is decoded when first read."""
+        """The answer as text; "" without a tokenizer. An answer nobody streamed is decoded when first
+        read."""
         if not isinstance(self._text, str):
             self._text = self._text()
         return self._text
@@ -218,7 +262,8 @@ class Completion:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The answers to one prompt. `text`, `token_ids`, `finish_reason` and `logprobs` are those of the first."""
+    """The answers to one prompt. `text`, `token_ids`, `finish_reason` and `logprobs` are those of the
+    first."""
 
     request_id: str
     prompt: str | None
@@ -291,7 +336,9 @@ class Request:
         self._answers: list[Answer] = []
         self._begun = 0  # answers that have been put
         self._queued = True
-        self._prompt_logprobs: list[TokenLogprobs | None] = [None] * len(prompt_token_ids)
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs = [None] * len(prompt_token_ids)
         self._output: RequestOutput | None = None
         self._event = threading.Event()
 
@@ -319,7 +366,8 @@ class Request:
         return self._event.wait(timeout)
 
     def result(self, timeout: float | None = None) -> RequestOutput:
-        """Waits as `wait` does. Raises the error of a failed request, TimeoutError if it is not done in time."""
+        """Waits as `wait` does. Raises the error of a failed request, TimeoutError if it is not done in
+        time."""
         if not self._event.wait(timeout):
             raise TimeoutError(f"request {self.id} is not done after {timeout} s")
         assert self._output is not None

@@ -1,7 +1,7 @@
 """The layer over the engine: takes requests from any thread, orders and admits them, streams and ends them.
 
-One thread owns the engine: the caller of `step()`, or the scheduler's own after `start()`. Everything another thread
-may do (`submit`, `cancel`, `Request.wait`) goes through one lock, and never touches the engine.
+One thread owns the engine: the caller of `step()`, or the scheduler's own after `start()`. Everything another
+thread may do (`submit`, `cancel`, `Request.wait`) goes through one lock, and never touches the engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from . import _core
 from ._answer import Answer, TokenTexts
 from ._core import Error, InvalidArgument, StateError
-from .request import Delta, NotFinite, Request, RequestOutput, SamplingParams
+from .request import Delta, NotFinite, Request, RequestOutput, SamplingParams, check_request
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -37,9 +37,9 @@ class QueueFull(Error):
 class Scheduler:
     """Runs requests on an engine, with SplitFuse or, where `plan` is overridden, another policy.
 
-    `max_queued`: requests that may wait for admission, None: any number. As many sequences as one forward may hold are
-    admitted to the engine, by (priority, arrival); one more urgent than every admitted one is let in beyond that, as
-    the engine serves by priority.
+    `max_queued`: requests that may wait for admission, None: any number. As many sequences as one forward may
+    hold are admitted to the engine, by (priority, arrival); one more urgent than every admitted one is let in
+    beyond that, as the engine serves by priority.
     """
 
     def __init__(
@@ -58,12 +58,14 @@ class Scheduler:
         self._overridden = type(self).plan is not Scheduler.plan
         self._numbers = itertools.count()
 
+        self._cancels: deque[Request] = deque()
         self._lock = threading.Condition()  # guards what follows, to the blank line
         self._queue: list[tuple[int, int, Request]] = []  # a heap of (priority, arrival, request)
-        self._waiting = 0  # requests of the heap that are still queued; cancelled ones leave it when they surface
-        self._cancels: deque[Request] = deque()
+        self._waiting = 0  # requests of the heap not cancelled: those leave it when they surface
+        self._undone = 0  # requests that have not ended
         self._thread: threading.Thread | None = None
         self._stopping: str | None = None  # "drain" | "abort" while stop() is at work
+        self._closed = False
 
         self._owner = threading.Lock()  # held by the thread that owns the engine; guards what follows
         self._live: dict[int, tuple[Request, Answer]] = {}  # by the engine's id
@@ -76,30 +78,11 @@ class Scheduler:
         self, prompt_token_ids: Sequence[int] | np.ndarray[Any, Any], params: SamplingParams | None = None
     ) -> list[int]:
         """The prompt as a list of ids, or InvalidArgument if this request could not be served."""
-        ids, params = np.asarray(prompt_token_ids), params if params is not None else SamplingParams()
-        if not isinstance(params, SamplingParams):
-            raise InvalidArgument(f"params must be a SamplingParams, not {type(params).__name__}")
-        if ids.size == 0:
-            raise InvalidArgument("the prompt is empty: at least one token is needed")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise InvalidArgument("a prompt must be a flat list of integer token ids")
-        if ids.min() < 0 or ids.max() >= self._vocab_size:
-            bad = next(int(t) for t in ids if not 0 <= t < self._vocab_size)
-            raise InvalidArgument(f"prompt token {bad} is outside the vocabulary, 0 to {self._vocab_size - 1}")
-        for name, named in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-            outside = [t for t in named if t >= self._vocab_size]
-            if outside:
-                raise InvalidArgument(f"{name}: token {outside[0]} is outside the vocabulary, 0 to {self._vocab_size - 1}")
-        if len(ids) + (params.max_tokens or 1) > self._max_model_len:
-            asked = f" and max_tokens of {params.max_tokens}" if params.max_tokens is not None else ""
-            raise InvalidArgument(
-                f"a prompt of {len(ids)} tokens{asked} exceeds the context of {self._max_model_len} tokens: shorten it, "
-                "lower max_tokens (None takes what is left), or raise max_model_len"
-            )
+        params = params if params is not None else SamplingParams()
+        ids = check_request(prompt_token_ids, params, self._vocab_size, self._max_model_len)
         if params.stop and self.tokenizer is None:
-            raise InvalidArgument("stop strings need a tokenizer, and this scheduler has none; use stop_token_ids")
-        tokens: list[int] = ids.tolist()
-        return tokens
+            raise InvalidArgument("stop strings need a tokenizer, and there is none; use stop_token_ids")
+        return ids
 
     def submit(
         self,
@@ -113,12 +96,13 @@ class Scheduler:
         request_id: str | None = None,
         prompt: str | None = None,
     ) -> Request:
-        """Queues a request; lower `priority` is served first. Raises InvalidArgument if it could not be served,
-        QueueFull if too many wait, StateError while stopping.
+        """Queues a request; lower `priority` is served first. Raises InvalidArgument if it could not be
+        served, QueueFull if too many wait, StateError while stopping or closed.
 
-        Both callbacks run on the engine's thread, so they should be short. `on_output` gets every token as it comes;
-        if it raises, its own request ends with that error. `on_done` is called once, whatever the end. Requests
-        of different `cache_salt` never share cached prefixes. `request_id` and `prompt` are carried to the result.
+        Both callbacks run on the engine's thread, so they should be short. `on_output` gets every token as it
+        comes; if it raises, its own request ends with that error. `on_done` is called once, whatever the end.
+        Requests of different `cache_salt` never share cached prefixes. `request_id` and `prompt` are carried
+        to the result.
         """
         params = params if params is not None else SamplingParams()
         ids = self.check(prompt_token_ids, params)
@@ -126,32 +110,32 @@ class Scheduler:
         name = request_id if request_id is not None else f"request-{number}"
         request = Request(self, name, prompt, ids, params, priority, cache_salt, on_output, on_done)
         with self._lock:
-            if self._stopping is not None:
-                raise StateError("the scheduler is stopping and takes no more requests")
+            if self._closed or self._stopping is not None:
+                raise StateError(f"the scheduler is {'closed' if self._closed else 'stopping'}")
             if self.max_queued is not None and self._waiting >= self.max_queued:
                 raise QueueFull(f"{self._waiting} requests wait already, as many as may (max_queued)")
             heapq.heappush(self._queue, (priority, number, request))
             self._waiting += 1
+            self._undone += 1
             self._lock.notify_all()
         return request
 
     def cancel(self, request: Request) -> None:
         """As `Request.cancel`."""
         if not request.done:
-            with self._lock:
-                self._cancels.append(request)
-                self._lock.notify_all()
+            self._cancels.append(request)
 
     @property
     def has_work(self) -> bool:
         """True while a request is not done."""
-        return bool(self._waiting or self._cancels or self._live)
+        return self._undone > 0
 
     # ---------------------------------------------------------------- the engine's thread
 
     def plan(self, views: list[_core.SeqView], limits: _core.Limits) -> _core.StepPlan | None:
         """What the next forward runs. Override it for another policy; None, the default, is native SplitFuse.
-        `views` are in serving order. If it raises, or the plan can't be served, every live request ends with the error.
+        `views` are in serving order. If it raises, or the plan can't be served, every live request ends with
+        the error.
         """
         return None
 
@@ -161,11 +145,11 @@ class Scheduler:
         return entry[0] if entry is not None else None
 
     def step(self) -> _core.StepOutput | None:
-        """Takes in what was submitted and cancelled, runs the engine once and hands out what came of it. None if there
-        was nothing to run. An exception of the engine ends the requests it was running with that error, and no
-        others. Raises StateError while another thread owns the engine."""
+        """Takes in what was submitted and cancelled, runs the engine once and hands out what came of it. None
+        if there was nothing to run. An exception of the engine ends the requests it was running with that
+        error, and no others. Raises StateError while another thread owns the engine."""
         if not self._owner.acquire(blocking=False):
-            raise StateError("another thread is stepping this scheduler; stop() ends the one that start() began")
+            raise StateError("another thread is stepping this scheduler; stop() ends that of start()")
         try:
             return self._step()
         finally:
@@ -186,8 +170,8 @@ class Scheduler:
             plan = self.plan(*self.engine.view()) if self._overridden else None
             output = self.engine.step(plan) if plan is not None else self.engine.step()
         except Exception as error:
-            _log.error("a step failed, and with it the %d sequences it was to run: %s", len(self._live), error)
-            self._fail_live(error)
+            _log.error("a step failed, and with it %d sequences: %s", len(self._live), error)
+            self._end_live("error", error)
             return None
         self._dispatch(output)
         if output.decode_tokens + output.prefill_tokens == 0 and self._live:
@@ -226,7 +210,9 @@ class Scheduler:
             request._answers.append(answer)
             request._begun += 1
             native = params.to_native(
-                max_tokens=room if params.max_tokens is None else params.max_tokens, seed=request.seed, sample_index=index
+                max_tokens=room if params.max_tokens is None else params.max_tokens,
+                seed=request.seed,
+                sample_index=index,
             )
             sequence = next(self._numbers)
             self.engine.put(sequence, request.prompt_token_ids, native, request.priority, request.cache_salt)
@@ -242,7 +228,7 @@ class Scheduler:
         for sequence, token in zip(ids, tokens, strict=True):
             if keep := quiet.get(sequence):
                 keep(token)
-        if self._live and len(quiet) < len(self._live):
+        if len(quiet) < len(self._live):
             self._dispatch_prompt_logprobs(output)
             self._dispatch_loud(output, ids, tokens)
         for row in np.flatnonzero(output.finish).tolist():
@@ -250,15 +236,17 @@ class Scheduler:
 
     def _dispatch_prompt_logprobs(self, output: _core.StepOutput) -> None:
         for item in output.prompt:
-            if entry := self._live.get(item.id):
-                try:
-                    entry[0]._prompt_logprobs[item.position] = self._texts.entry(item)
-                except Exception as error:
-                    self._end(entry[0], "error", error)
+            request = self.request_of(item.id)
+            if request is None or request._prompt_logprobs is None:
+                continue
+            try:
+                request._prompt_logprobs[item.position] = self._texts.entry(item)
+            except Exception as error:
+                self._end(request, "error", error)
 
     def _dispatch_loud(self, output: _core.StepOutput, ids: list[int], tokens: list[int]) -> None:
-        """The rows that are streamed, looked through for stop strings, logged with probabilities, or followed by
-        more answers to the same prompt."""
+        """The rows that are streamed, looked through for stop strings, logged with probabilities, or followed
+        by more answers to the same prompt."""
         sampled: list[_core.Sampled] | None = None
         finish = output.finish.tolist()
         for row, sequence in enumerate(ids):
@@ -290,7 +278,8 @@ class Scheduler:
         if finish == 3:
             if sequence in self._quiet:
                 answer.token_ids.pop()  # the -1
-            self._end(request, "error", NotFinite(f"{request.id}: the model's output is not finite, so no token can be chosen"))
+            error = NotFinite(f"{request.id}: the model's output is not finite, so no token can be chosen")
+            self._end(request, "error", error)
             return
         answer.finish(_FINISH[finish] or "")
         self._finish_answer(request, answer)
@@ -307,9 +296,7 @@ class Scheduler:
         sequence, answer.sequence = answer.sequence, None
         del self._live[sequence]
         self._quiet.pop(sequence, None)
-        self._priorities[request.priority] -= 1
-        if not self._priorities[request.priority]:
-            del self._priorities[request.priority]
+        self._priorities -= Counter([request.priority])  # keeps no zeros
         try:
             self.engine.flush(sequence)
         except Exception as error:  # a broken or closed engine: the request must end all the same
@@ -321,6 +308,7 @@ class Scheduler:
             return
         with self._lock:
             self._dequeue(request)
+            self._undone -= 1
         streamed = request._on_output is not None
         for index in range(len(request._answers), request.params.n):
             request._answers.append(Answer(index, request.params, request.prompt_token_ids, None, streamed))
@@ -333,7 +321,7 @@ class Scheduler:
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
             outputs=[a.completion() for a in request._answers],
-            prompt_logprobs=request._prompt_logprobs if request.params.prompt_logprobs is not None else None,
+            prompt_logprobs=request._prompt_logprobs,
             error=error,
         )
         request._event.set()
@@ -343,26 +331,26 @@ class Scheduler:
             except Exception:
                 _log.exception("on_done of %s failed", request.id)
 
-    def _fail_live(self, error: Exception) -> None:
-        for request in dict.fromkeys(request for request, _ in self._live.values()):
-            self._end(request, "error", error)
+    def _end_live(self, reason: str, error: Exception | None = None) -> None:
+        for request in [request for request, _ in self._live.values()]:
+            self._end(request, reason, error)
 
     # ---------------------------------------------------------------- a thread of its own
 
     def start(self) -> None:
         """Begins a thread that owns the engine and sleeps while there is nothing to do. `stop` ends it."""
         with self._lock:
-            if self._thread is not None:
-                raise StateError("the scheduler is started already")
+            if self._closed or self._thread is not None:
+                raise StateError(f"the scheduler is {'closed' if self._closed else 'started already'}")
             if not self._owner.acquire(blocking=False):
                 raise StateError("another thread is stepping this scheduler")
             self._thread = threading.Thread(target=self._run, name="splitfuse", daemon=True)
             self._thread.start()
 
     def stop(self, *, drain: bool = True) -> None:
-        """Takes no more requests until those there are have finished, or with `drain=False` been cancelled, and ends
-        the thread of `start()`, if any. After that the scheduler can be stepped or started again. Called from a
-        callback it returns at once, and the thread ends after it."""
+        """Takes no more requests until those there are have finished, or with `drain=False` been cancelled,
+        and ends the thread of `start()`, if any. After that the scheduler can be stepped or started again.
+        Called from a callback it returns at once, and the thread ends after it."""
         with self._lock:
             thread = self._thread
             if thread is None and not self._owner.acquire(blocking=False):
@@ -374,18 +362,25 @@ class Scheduler:
         elif thread is not threading.current_thread():
             thread.join()
 
+    def close(self) -> None:
+        """Cancels every request, as `stop` does, and takes none any more. The engine stays as it is."""
+        with self._lock:
+            self._closed = True
+        self.stop(drain=False)
+
     def _run(self) -> None:
         """Owns the engine until stopped."""
         try:
             while self._awaits_work():
                 try:
                     self._step()
-                except Exception as error:  # not the engine's, which are dealt with: nobody may be left waiting
+                except Exception as error:  # none is known, but nobody may be left waiting
                     _log.exception("the scheduler failed; every request ends with the error")
                     self._end_all("error", error)
         finally:
             self._end_all("abort")
             with self._lock:
+                self._cancels.clear()
                 self._thread = self._stopping = None
                 self._owner.release()
 
@@ -399,6 +394,6 @@ class Scheduler:
     def _end_all(self, reason: str, error: Exception | None = None) -> None:
         with self._lock:
             queued = [request for _, _, request in self._queue]
-        for request in [*queued, *(request for request, _ in self._live.values())]:
+        self._end_live(reason, error)
+        for request in queued:
             self._end(request, reason, error)
-        self._cancels.clear()

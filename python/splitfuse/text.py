@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-# Tokens decoded again with each new one. Each has at least one byte, and four bytes hold any code point, so what the
-# cut at the window's start garbles has been given out long before.
+# Tokens decoded again with each new one. Each has at least one byte, and four bytes hold any code point, so
+# what the cut at the window's start garbles has been given out long before.
 _KEPT = 8
 _WINDOW = 2 * _KEPT
 
@@ -20,9 +20,9 @@ _WINDOW = 2 * _KEPT
 class IncrementalDetokenizer:
     """Turns tokens into text as they come.
 
-    The pieces, joined, are what the tokenizer makes of prompt and answer together, less the prompt's part: so a word
-    that follows the prompt keeps its leading space. A piece never ends inside a code point. A token costs the decoding
-    of a short window, whatever came before.
+    The pieces, joined, are what the tokenizer makes of prompt and answer together, less the prompt's part: so
+    a word that follows the prompt keeps its leading space. A piece never ends inside a code point. A token
+    costs the decoding of a short window, whatever came before.
     """
 
     __slots__ = ("_given", "_skip", "_tokenizer", "_window")
@@ -97,8 +97,8 @@ class IncrementalDetokenizer:
 class StopChecker:
     """Finds stop strings in a stream of text pieces, wherever they are cut.
 
-    Of several stop strings the one that is complete first wins, and of those complete at the same character the
-    longest: so the result does not depend on how the text is cut.
+    Of several stop strings the one that is complete first wins, and of those complete at the same character
+    the longest: so the result does not depend on how the text is cut.
     """
 
     __slots__ = ("_held", "_include", "_longest", "_stops")
@@ -112,7 +112,8 @@ class StopChecker:
         self._held = ""
 
     def feed(self, text: str) -> tuple[str, str | None]:
-        """(what may be shown, the stop string that was found or None). Nothing may be fed after a stop string."""
+        """(what may be shown, the stop string that was found or None). Nothing may be fed after a stop
+        string."""
         text = self._held + text
         found = min(
             ((start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0),

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+# Any of these makes a tokenizer, the later ones with what lies beside them.
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
 
 class Tokenizer:
     """Text to token ids and back, and conversations to text. Safe to use from several threads."""
@@ -33,7 +36,7 @@ class Tokenizer:
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
         added = backend.get_added_tokens_decoder()
-        self._special = frozenset(id for id, token in added.items() if token.special)
+        self._special = frozenset(index for index, token in added.items() if token.special)
         ids = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         # A vocabulary that spells bytes out has all of them.
         self._bytes = frozenset() if None in ids else frozenset(ids)
@@ -47,7 +50,8 @@ class Tokenizer:
         return _from_transformers(folder)
 
     def save(self, path: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, from which from_directory and transformers make the same."""
+        """Writes tokenizer.json and tokenizer_config.json, from which from_directory and transformers make
+        the same."""
         folder = Path(path)
         self._backend.save(str(folder / "tokenizer.json"))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
@@ -65,26 +69,26 @@ class Tokenizer:
     def eos_token_ids(self) -> list[int]:
         return [] if self.eos_token_id is None else [self.eos_token_id]
 
-    def id_to_token(self, id: int) -> str | None:
-        return self._backend.id_to_token(id) if id >= 0 else None
+    def id_to_token(self, token_id: int) -> str | None:
+        return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
     def token_to_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 
-    def is_special(self, id: int) -> bool:
-        """Whether `id` is a control token, which decode() leaves out."""
-        return id in self._special
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is a control token, which decode() leaves out."""
+        return token_id in self._special
 
-    def is_byte(self, id: int) -> bool:
-        """Whether `id` is one byte of a code point that the vocabulary lacks."""
-        return id in self._bytes
+    def is_byte(self, token_id: int) -> bool:
+        """Whether it is one byte of a code point that the vocabulary lacks."""
+        return token_id in self._bytes
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. A text that begins with the BOS token does not get a second one."""
         ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        if add_special_tokens and self.bos_token_id is not None and ids[:2] == [self.bos_token_id] * 2:
-            if text.startswith(self.special_tokens["bos_token"]):
-                return ids[1:]
+        doubled = self.bos_token_id is not None and ids[:2] == [self.bos_token_id] * 2
+        if add_special_tokens and doubled and text.startswith(self.special_tokens["bos_token"]):
+            return ids[1:]
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -115,6 +119,13 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
 
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer whose files lie in `folder`; None if there are none."""
+    if not any((folder / name).is_file() for name in _FILES):
+        return None
+    return Tokenizer.from_directory(folder)
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in `path`. Raises CheckpointError, naming the file, on anything else."""
     try:
@@ -127,8 +138,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def _from_files(folder: Path) -> Tokenizer:
-    """tokenizer.json as it stands: how text is cut and what is put around it is written there. (transformers 5 builds
-    Llama 2's anew, and then cuts text that begins with a space otherwise than SentencePiece did in training.)"""
+    """tokenizer.json as it stands: how text is cut and what is put around it is written there. (transformers
+    5 builds Llama 2's anew, and then cuts text that begins with a space otherwise than SentencePiece did in
+    training.)"""
     import tokenizers
 
     file = folder / "tokenizer.json"
@@ -157,11 +169,11 @@ def _add_tokens(
     """Tokens that tokenizer_config.json has beyond tokenizer.json, and the marking of special ones."""
     from tokenizers import AddedToken
 
-    known = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
+    known = {index: token.content for index, token in backend.get_added_tokens_decoder().items()}
     listed = config.get("added_tokens_decoder") or {}
     for key in sorted(listed, key=int):
-        entry, id = listed[key], int(key)
-        if known.get(id) == entry["content"]:
+        entry, index = listed[key], int(key)
+        if known.get(index) == entry["content"]:
             continue
         flags = {
             flag: bool(entry[flag])
@@ -169,10 +181,10 @@ def _add_tokens(
             if flag in entry
         }
         backend.add_tokens([AddedToken(entry["content"], **flags)])
-        if backend.token_to_id(entry["content"]) != id:
+        if backend.token_to_id(entry["content"]) != index:
             raise CheckpointError(
-                f"{folder / 'tokenizer_config.json'}: added token {entry['content']!r} has id {id}, but the vocabulary "
-                f"gives it {backend.token_to_id(entry['content'])}"
+                f"{folder / 'tokenizer_config.json'}: added token {entry['content']!r} has id {index}, "
+                f"but the vocabulary gives it {backend.token_to_id(entry['content'])}"
             )
     already = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     extra = [_token_text(token) for token in config.get("additional_special_tokens") or []]

@@ -138,7 +138,8 @@ TEST_P(AllocTest, TheCountCounts) {
 TEST_P(AllocTest, FromTheFirstPrefillToTheLastDecode) {
   Engine engine = make_tiny(config(256));
   for (SeqId id = 0; id < 12; ++id) {
-    ASSERT_TRUE(engine.put(id, random_tokens(static_cast<uint32_t>(id), 10 + 20 * static_cast<int32_t>(id)), greedy(30)));
+    ASSERT_TRUE(
+        engine.put(id, random_tokens(static_cast<uint32_t>(id), 10 + 20 * static_cast<int32_t>(id)), greedy(30)));
   }
   Sum sum;
   while (engine.has_work()) step(engine, sum);

@@ -64,7 +64,9 @@ std::string outcome(Action&& action) {
 
 void check_header() {
   const SafetensorsFile file(case_file());
-  int64_t at = file.tensors().empty() ? file.file().size() : file.tensors().front().begin;
+  int64_t at = 0;
+  std::memcpy(&at, file.file().data(), sizeof(at));
+  at += int64_t{sizeof(at)};
   for (const StoredTensor& tensor : file.tensors()) {
     if (tensor.begin != at || tensor.size < 0) broken("tensors follow each other");
     at = tensor.begin + tensor.size;
@@ -162,6 +164,59 @@ std::vector<std::string> valid_files() {
       safetensors_bytes({{"w", "F8_E4M3", "[4]", "wwww"}, {"s", "F32", "[1]", "ssss"}},
                         "{\"a\": \"\\u00e9\\ud83d\\ude00\"}", 3),
   };
+}
+
+/// A file of a few tensors, of which one may be described wrongly: such faults take several changes of a text at once.
+std::string make_file(Random& random) {
+  struct Described {
+    const char* dtype;
+    std::vector<int64_t> shape;
+    int64_t begin, end;
+  };
+  const std::vector<std::pair<const char*, int64_t>> dtypes = {{"F32", 4}, {"BF16", 2}, {"F16", 2},
+                                                               {"U8", 1},  {"I64", 8},  {"NEW", 3}};
+  std::vector<Described> tensors(1 + below(random, 4));
+  int64_t at = 0;
+  for (Described& tensor : tensors) {
+    const auto& [dtype, size] = dtypes[below(random, dtypes.size())];
+    int64_t bytes = size;
+    for (size_t rank = below(random, 4); rank > 0; --rank) bytes *= tensor.shape.emplace_back(below(random, 4));
+    tensor = {dtype, tensor.shape, at, at + bytes};
+    at += bytes;
+  }
+  const std::string data(static_cast<size_t>(at) + (below(random, 16) == 0 ? 1 : 0), 'd');
+  Described& wrong = tensors[below(random, tensors.size())];
+  const auto step = static_cast<int64_t>(below(random, 9)) - 4;
+  switch (below(random, 8)) {
+    case 0:
+      wrong.begin += step;
+      break;
+    case 1:
+      wrong.end += step;
+      break;
+    case 2:
+      wrong.begin += step;
+      wrong.end += step;
+      break;
+    case 3:
+      for (int64_t& extent : wrong.shape) extent = -extent;
+      break;
+    case 4:
+      for (int64_t& extent : wrong.shape) extent = int64_t{1} << below(random, 63);
+      break;
+    case 5:
+      wrong.dtype = dtypes[below(random, dtypes.size())].first;
+      break;
+    default:
+      break;
+  }
+  std::string json;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Described& tensor = tensors[i];
+    json += (i == 0 ? "{" : ",") + testing::entry("t" + std::to_string(i), tensor.dtype, shape_text(tensor.shape),
+                                                  static_cast<size_t>(tensor.begin), static_cast<size_t>(tensor.end));
+  }
+  return testing::with_header(json + "}" + std::string(below(random, 8), ' '), data);
 }
 
 const std::vector<std::string> kTokens = {"{",
@@ -293,6 +348,16 @@ std::string kind_of(const std::string& message) {
   return out;
 }
 
+std::string next_case(Random& random, const std::vector<std::string>& corpus,
+                      const std::vector<std::string>& accepted) {
+  const size_t way = below(random, 4);
+  if (way == 0) return make_file(random);
+  // One small step from a file that can be read, or several from any.
+  std::string bytes = way == 1 ? accepted[below(random, accepted.size())] : corpus[below(random, corpus.size())];
+  for (size_t n = way == 1 ? 1 : 1 + below(random, 4); n > 0; --n) mutate(random, bytes, corpus);
+  return bytes;
+}
+
 [[maybe_unused]] void fuzz(double seconds, uint64_t seed) {
   Random random(seed);
   std::vector<std::string> corpus = valid_files();
@@ -308,10 +373,7 @@ std::string kind_of(const std::string& message) {
   int64_t cases = 0;
   int64_t accepted_cases = 0;
   for (; elapsed() < seconds; ++cases) {
-    // Every other case is one small step from a file that can be read.
-    const auto& parents = below(random, 2) == 0 ? corpus : accepted;
-    std::string bytes = parents[below(random, parents.size())];
-    for (size_t n = &parents == &corpus ? 1 + below(random, 4) : 1; n > 0; --n) mutate(random, bytes, corpus);
+    const std::string bytes = next_case(random, corpus, accepted);
     const std::string said = run_case(bytes);
     const bool is_accepted = said.starts_with('|');
     accepted_cases += is_accepted ? 1 : 0;
@@ -327,7 +389,8 @@ std::string kind_of(const std::string& message) {
 }  // namespace
 }  // namespace splitfuse
 
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+extern "C" int LLVMFuzzerTestOneInput(  // NOLINT(readability-identifier-naming): libFuzzer's name
+    const uint8_t* data, size_t size) {
   splitfuse::run_case({reinterpret_cast<const char*>(data), size});
   return 0;
 }
@@ -340,7 +403,7 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const bool valued = i + 1 < argc;
     if (valued && std::strcmp(argv[i], "--seconds") == 0) {
-      seconds = std::atof(argv[++i]);
+      seconds = std::strtod(argv[++i], nullptr);
     } else if (valued && std::strcmp(argv[i], "--seed") == 0) {
       seed = std::strtoull(argv[++i], nullptr, 10);
     } else if (argv[i][0] == '-') {

@@ -17,6 +17,8 @@ from ..llm import engine_config
 from ..request import SamplingParams
 from .limits import Costs, Roof, measure_roof
 
+_WIDTH = 120  # columns where the output is not a terminal
+
 
 @dataclass
 class Bench:
@@ -39,32 +41,31 @@ class Bench:
         return [self.rng.randrange(vocab) for _ in range(tokens)]
 
     def check_fits(self, tokens: int, sequences: int = 1) -> None:
-        """Raises InvalidArgument unless `sequences` of `tokens` can all be held at once: else preemption would be
-        measured."""
+        """Raises InvalidArgument unless `sequences` of `tokens` can all be held at once: else preemption
+        would be measured."""
         capacity = self.engine.query()
         if tokens > capacity.max_model_len:
             raise InvalidArgument(
-                f"a sequence of {tokens} tokens exceeds the context of {capacity.max_model_len}: ask for less, or raise "
-                "--max-model-len or --kv-memory"
+                f"a sequence of {tokens} tokens exceeds the context of {capacity.max_model_len}: ask for "
+                "less, or raise --max-model-len or --kv-memory"
             )
         blocks = sequences * math.ceil(tokens / capacity.block_size)
         if blocks > capacity.total_blocks:
             raise InvalidArgument(
-                f"{sequences} sequences of {tokens} tokens need {blocks} KV blocks, and there are {capacity.total_blocks}: "
-                "ask for less, or raise --kv-memory"
+                f"{sequences} sequences of {tokens} tokens need {blocks} KV blocks, and there are "
+                f"{capacity.total_blocks}: ask for less, or raise --kv-memory"
             )
 
 
 @contextmanager
 def open_bench(model: str, seed: int, options: dict[str, Any]) -> Iterator[Bench]:
-    """`options`: of `engine_config`. Prefixes are not cached, so nothing is measured that was computed before."""
+    """`options`: of `engine_config`."""
     from ..loader import load
 
-    config = engine_config(**{**options, "prefix_caching": False})
+    config = engine_config(**options)
     loaded = load(model)
     with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
         engine = Engine(loaded.config, loaded.weights, config, progress=progress)
-    print(engine.describe(), file=sys.stderr)
     costs = Costs.of(loaded.config, config.dtype)
     try:
         yield Bench(loaded.name, engine, costs, config.dtype, config.threads, config.isa, random.Random(seed))
@@ -90,26 +91,34 @@ def roof_facts(roof: Roof) -> dict[str, float]:
 
 
 def roof_line(roof: Roof) -> str:
-    return f"roof measured in this run: memory read {roof.read_gbps:.1f} GB/s, arithmetic {roof.peak_gflops:.0f} GFLOP/s"
+    read, peak = f"memory read {roof.read_gbps:.1f} GB/s", f"arithmetic {roof.peak_gflops:.0f} GFLOP/s"
+    return f"roof measured in this run: {read}, {peak}"
 
 
-def emit(facts: dict[str, Any], as_json: bool, tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
-    """Prints one JSON object, or tables of (title, columns, rows)."""
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, columns, rows
+
+
+def emit(facts: dict[str, Any], as_json: bool, tables: Sequence[Table]) -> None:
+    """Prints one JSON object, or tables."""
     if as_json:
         print(json.dumps(facts))
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     for title, columns, rows in tables:
-        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        console.print(title, style="bold", highlight=False)
+        table = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_header=any(columns))
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row)
         console.print(table)
+        console.print()
+    if "engine" in facts:
+        console.print(facts["engine"], highlight=False)
     if "roof" in facts:
         console.print(roof_line(Roof(**facts["roof"])), highlight=False)
 

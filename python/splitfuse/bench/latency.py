@@ -1,4 +1,5 @@
-"""`splitfuse bench latency`: prefill of one prompt, decode at several batch sizes, and the host's own time."""
+"""`splitfuse bench latency`: prefill of one prompt, decode at several batch sizes, and the host's own
+time."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import time
 from typing import Any
 
 from .._core import SamplingParams as NativeParams
-from ..request import SamplingParams
+from .._core import StepPlan
 from ..scheduler import Scheduler
 from .common import Bench, emit, greedy, of_roof, open_bench, roof_facts, run_to_end, spread
 
@@ -26,12 +27,13 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
         prefill = [_prefill(bench, tokens, args.repeat) for tokens in args.prefill]
         decode = [_decode(bench, batch, args.context, args.steps, args.repeat) for batch in args.batch]
         host = _host(bench) if args.host else None
-        again = bench.roof()  # the machine's speed drifts: take the better of before and after
-        roof = type(roof)(max(roof.read_gbps, again.read_gbps), max(roof.peak_gflops, again.peak_gflops))
+        roof = roof.or_better(bench.roof())
         for row in prefill:
             row["of_roof"] = roof.seconds(bench.costs.prefill(row["tokens"])) / row["seconds"]
         for row in decode:
-            row["of_roof"] = roof.seconds(bench.costs.decode(row["batch"], args.context)) / row["seconds_per_step"]
+            row["of_roof"] = (
+                roof.seconds(bench.costs.decode(row["batch"], args.context)) / row["seconds_per_step"]
+            )
         facts = {
             "name": bench.name,
             "engine": bench.engine.describe(),
@@ -70,21 +72,16 @@ def _decode(bench: Bench, batch: int, context: int, steps: int, repeat: int) -> 
     """`steps` tokens for each of `batch` sequences whose context is `context` on the average of them."""
     times, step_times = [], []
     for _ in range(repeat):
-        for i in range(batch):
-            bench.engine.put(i, bench.prompt(max(1, context - steps // 2)), _native(steps + 1))
-        waiting = set(range(batch))
-        while waiting:  # until every prompt is done, so that only decodes are timed
-            waiting -= set(bench.engine.step().ids.tolist())
-        left = min(steps - (bench.engine.query(i).known - bench.engine.query(i).prompt - 1) for i in range(batch))
-        begin = time.perf_counter()
-        for _ in range(left):
-            before = time.perf_counter()
+        _fill(bench, batch, max(1, context - steps // 2), steps + 1)
+        begin = before = time.perf_counter()
+        for _ in range(steps):
             bench.engine.step()
-            step_times.append(time.perf_counter() - before)
-        times.append((time.perf_counter() - begin) / left)
-        run_to_end(bench.engine)
+            now = time.perf_counter()
+            step_times.append(now - before)
+            before = now
+        times.append((before - begin) / steps)
         for i in range(batch):
-            _flush(bench, i)
+            bench.engine.flush(i)
     median = statistics.median(times)
     return {
         "batch": batch,
@@ -96,24 +93,26 @@ def _decode(bench: Bench, batch: int, context: int, steps: int, repeat: int) -> 
     }
 
 
-def _flush(bench: Bench, sequence: int) -> None:
-    """Ends it unless run_to_end() has."""
-    from .._core import InvalidArgument
-
-    try:
-        bench.engine.flush(sequence)
-    except InvalidArgument:
-        pass
+def _fill(bench: Bench, batch: int, prompt: int, max_tokens: int) -> None:
+    """Computes `batch` prompts up to their first token, and decodes none meanwhile: SplitFuse would, and the
+    first sequences would be far ahead of the last."""
+    budget = bench.engine.query().token_budget
+    for i in range(batch):
+        bench.engine.put(i, bench.prompt(prompt), _native(max_tokens))
+        for done in range(0, prompt, budget):
+            bench.engine.step(StepPlan([(i, min(budget, prompt - done))]))
 
 
 def _host(bench: Bench) -> dict[str, Any]:
-    """Microseconds of a step at 256 decodes that are not forward: in the engine, and in the scheduler above it."""
+    """Microseconds of a step at 256 decodes that are not forward: in the engine, and in the scheduler above
+    it."""
     scheduler = Scheduler(bench.engine)
     count = min(_HOST_SEQUENCES, bench.engine.query().max_sequences)
-    params = SamplingParams(max_tokens=_HOST_STEPS * 3, temperature=0.0, ignore_eos=True)
+    params = greedy(2 * _HOST_STEPS)
     for _ in range(count):
         scheduler.submit(bench.prompt(4), params)
-    native, python = [], []
+    native: list[float] = []
+    python: list[float] = []
     while len(native) < _HOST_STEPS:
         begin = time.perf_counter()
         output = scheduler.step()
@@ -169,7 +168,10 @@ def _tables(facts: dict[str, Any], context: int) -> list[Any]:
             (
                 f"Host time of a step, {host['sequences']} sequences decoding",
                 ("where", "p50 us", "p90 us", "p99 us"),
-                [(where, *(f"{host[where][p]:.1f}" for p in ("p50", "p90", "p99"))) for where in ("engine", "scheduler")],
+                [
+                    (where, *(f"{host[where][p]:.1f}" for p in ("p50", "p90", "p99")))
+                    for where in ("engine", "scheduler")
+                ],
             )
         )
     return tables

@@ -13,7 +13,8 @@ A forward over chunks of c tokens that begin at position s, of which `outputs` n
     operations = 2 Nl (sum of c) + 2 Nh outputs + sum of aF (c s + c (c + 1) / 2)
     seconds = max(bytes / bandwidth, operations / peak)
 
-the roofline of Williams, Waterman and Patterson (2009), with bandwidth and peak as measured by `measure_roof`.
+the roofline of Williams, Waterman and Patterson (2009), with bandwidth and peak as measured by
+`measure_roof`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class Roof:
     def seconds(self, work: Work) -> float:
         """The least time for `work`, reads and arithmetic overlapped."""
         return max(work.bytes / (self.read_gbps * 1e9), work.flops / (self.peak_gflops * 1e9))
+
+    def or_better(self, other: Roof) -> Roof:
+        """The higher of each: a machine's speed drifts, and neighbours can only lower it."""
+        return Roof(max(self.read_gbps, other.read_gbps), max(self.peak_gflops, other.peak_gflops))
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,9 @@ class Costs:
         return self.forward([(context, 1)] * batch, batch)
 
     def requests(self, lengths: Iterable[tuple[int, int]]) -> Work:
-        """Whole requests, (prompt tokens, answer tokens) each, prefixes not shared: the arithmetic of all, and the weights
-        once for each token of the longest answer, as no schedule can do with fewer forwards."""
+        """Whole requests, (prompt tokens, answer tokens) each, prefixes not shared: the arithmetic of all,
+        and the weights once for each token of the longest answer, as no schedule can do with fewer
+        forwards."""
         read = flops = 0
         forwards = 0
         for prompt, answer in lengths:

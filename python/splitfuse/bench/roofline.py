@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
                     "barrier_us": _core.bench.barrier_us(count),
                 }
             )
-    columns = ("format", "threads", "memory read GB/s", "arithmetic GFLOP/s", "fork and join us")
+    columns = ("format", "threads", "read GB/s", "GFLOP/s", "fork and join us")
     cells = [
         (
             r["dtype"],

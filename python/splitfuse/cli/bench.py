@@ -16,8 +16,8 @@ examples:
   splitfuse bench latency demo --batch 1 8 32 --context 256
   splitfuse bench throughput demo --requests 64 --input 512 --output 64 --json
 
-"of roof" is the least time that memory bandwidth and arithmetic, both measured in the same run, allow, over the time
-taken."""
+"of roof" is the least time that memory bandwidth and arithmetic, both measured in the same run, allow, over
+the time taken."""
 
 
 def add_parser(commands: Any) -> None:
@@ -50,11 +50,19 @@ def _add_throughput(what: Any) -> None:
     )
     add_model(parser)
     parser.add_argument("--requests", type=_count, default=64, metavar="N", help="requests (default: 64)")
-    parser.add_argument("--input", type=_count, default=512, metavar="N", help="mean prompt in tokens (default: 512)")
-    parser.add_argument("--output", type=_count, default=64, metavar="N", help="mean answer in tokens (default: 64)")
-    parser.add_argument("--repeat", type=_count, default=1, metavar="N", help="runs; the best counts (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and prompts (default: 0)")
-    add_engine(parser)
+    parser.add_argument(
+        "--input", type=_count, default=512, metavar="N", help="mean prompt in tokens (default: 512)"
+    )
+    parser.add_argument(
+        "--output", type=_count, default=64, metavar="N", help="mean answer in tokens (default: 64)"
+    )
+    parser.add_argument(
+        "--repeat", type=_count, default=1, metavar="N", help="runs; the best counts (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of lengths and prompts (default: 0)"
+    )
+    add_engine(parser, caches=False)
     parser.set_defaults(run=_with_engine("throughput"))
 
 
@@ -67,17 +75,35 @@ def _add_latency(what: Any) -> None:
     )
     add_model(parser)
     parser.add_argument(
-        "--prefill", type=_count, nargs="+", default=[512, 2048], metavar="N", help="prompt lengths (default: 512 2048)"
+        "--prefill",
+        type=_count,
+        nargs="+",
+        default=[512, 2048],
+        metavar="N",
+        help="prompt lengths (default: 512 2048)",
     )
     parser.add_argument(
-        "--batch", type=_count, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes of decode (default: 1 8 32)"
+        "--batch",
+        type=_count,
+        nargs="+",
+        default=[1, 8, 32],
+        metavar="N",
+        help="batch sizes of decode (default: 1 8 32)",
     )
-    parser.add_argument("--context", type=_count, default=256, metavar="N", help="context of decode (default: 256)")
-    parser.add_argument("--steps", type=_count, default=64, metavar="N", help="decode steps timed (default: 64)")
-    parser.add_argument("--repeat", type=_count, default=3, metavar="N", help="runs; the median counts (default: 3)")
-    parser.add_argument("--no-host", dest="host", action="store_false", help="leave out the host's time at 256 sequences")
+    parser.add_argument(
+        "--context", type=_count, default=256, metavar="N", help="context of decode (default: 256)"
+    )
+    parser.add_argument(
+        "--steps", type=_count, default=64, metavar="N", help="decode steps timed (default: 64)"
+    )
+    parser.add_argument(
+        "--repeat", type=_count, default=3, metavar="N", help="runs; the median counts (default: 3)"
+    )
+    parser.add_argument(
+        "--no-host", dest="host", action="store_false", help="leave out the host's time at 256 sequences"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
-    add_engine(parser)
+    add_engine(parser, caches=False)
     parser.set_defaults(run=_with_engine("latency"))
 
 

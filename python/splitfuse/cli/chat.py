@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,15 @@ examples:
   splitfuse chat demo "What is the capital of France?"
   splitfuse chat demo --system "Answer in one sentence."      (a conversation)
 
-In a conversation Ctrl-C stops the answer and Ctrl-D leaves. What was said before is not computed again: its keys
-and values are found in the prefix cache."""
+In a conversation Ctrl-C stops the answer and Ctrl-D leaves. What was said before is not computed again: its
+keys and values are found in the prefix cache."""
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "chat",
         help="talk to a model, with its chat template",
-        description="Answers MESSAGE with the model's chat template, or holds a conversation if there is none.",
+        description="Answers MESSAGE with the model's chat template; without one, holds a conversation.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,7 +39,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions before the conversation")
     parser.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, help="print the answer as it comes (default: on a terminal)"
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the answer as it comes (default: on a terminal)",
     )
     parser.add_argument("--json", action="store_true", help="with MESSAGE: print one JSON object")
     add_sampling(parser, None)
@@ -114,7 +117,5 @@ def _say(llm: LLM, params: SamplingParams, messages: list[dict[str, str]], piece
 
 def _edit_lines() -> None:
     """Line editing and history for input(), where Python has them."""
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401
-    except ImportError:
-        pass

@@ -22,8 +22,8 @@ def add_parser(commands: Any) -> None:
         "convert",
         help="write a checkpoint that Python and C++ open directly",
         description=(
-            "Writes MODEL into the new directory OUT: model.safetensors, with canonical names and the configuration\n"
-            "inside, and the tokenizer and generation settings beside it."
+            "Writes MODEL into the new directory OUT: model.safetensors, with canonical names and the\n"
+            "configuration inside, and the tokenizer and generation settings beside it."
         ),
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -31,7 +31,10 @@ def add_parser(commands: Any) -> None:
     add_model(parser)
     parser.add_argument("out", metavar="OUT", help="directory to write; it is made")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights (default: bfloat16)"
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights (default: bfloat16)",
     )
     parser.set_defaults(run=run)
 

@@ -24,20 +24,31 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
         help="continue a text",
-        description="Continues PROMPT, taken as it is: no chat template is applied (that is `splitfuse chat`).",
+        description="Continues PROMPT, taken as it is. `splitfuse chat` applies the chat template.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(parser)
-    parser.add_argument("prompt", metavar="PROMPT", help='the text to continue; "-" reads it from standard input')
     parser.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, help="print the text as it comes (default: on a terminal)"
+        "prompt", metavar="PROMPT", help='the text to continue; "-" reads it from standard input'
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object with texts, tokens and reasons")
-    add_sampling(parser, 128)
-    parser.add_argument("--n", type=int, default=1, metavar="N", help="answers to the same prompt (default: 1)")
     parser.add_argument(
-        "--logprobs", type=int, metavar="N", help="with --json: log-probabilities of each token and the N likeliest"
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the text as it comes (default: on a terminal)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object with texts, tokens and reasons"
+    )
+    add_sampling(parser, 128)
+    parser.add_argument(
+        "--n", type=int, default=1, metavar="N", help="answers to the same prompt (default: 1)"
+    )
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: log-probabilities of each token and the N likeliest",
     )
     add_engine(parser)
     add_verbose(parser)

@@ -25,13 +25,15 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
         help="show a model, its memory plan, and the machine's limits",
-        description="Shows what MODEL is, the memory it would take, and what this machine could do with it at best.\n"
+        description="Shows what MODEL is, the memory it would take, and what this machine could do with it.\n"
         "Reads no weights.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(parser)
-    parser.add_argument("--measure", action="store_true", help="measure the machine, and with it the ceilings of speed")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure the machine, and with it the ceilings of speed"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_engine(parser)
     parser.set_defaults(run=run)
@@ -102,7 +104,7 @@ def _print(facts: dict[str, Any], plan: str) -> None:
     print(f"  parameters   {facts['parameters']:,}")
     for name, value in config.items():
         if not isinstance(value, dict):
-            print(f"  {name:<20} {value}")
+            print(f"  {name:<20} {f'{value:g}' if isinstance(value, float) else value}")
         else:
             print(f"  {name:<20} {', '.join(f'{k} {v}' for k, v in value.items())}")
     print(plan.rstrip())
@@ -117,7 +119,8 @@ def _print(facts: dict[str, Any], plan: str) -> None:
         print("ceilings            --measure measures the machine and shows them")
         return
     print("ceilings, at the roof measured now")
-    print(f"  memory read       {ceilings['read_gbps']:.1f} GB/s; arithmetic {ceilings['peak_gflops']:.0f} GFLOP/s")
+    print(f"  memory read       {ceilings['read_gbps']:.1f} GB/s")
+    print(f"  arithmetic        {ceilings['peak_gflops']:.0f} GFLOP/s")
     print(f"  the two meet at   {ceilings['knee_tokens']:.0f} tokens a forward")
     for tokens, speed in ceilings["prefill_tokens_per_s"].items():
         print(f"  prefill {tokens:>5}     {speed:,.0f} tokens/s")

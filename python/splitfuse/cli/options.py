@@ -17,47 +17,83 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """The engine's options; `engine_options` collects them."""
+def add_engine(parser: argparse.ArgumentParser, *, caches: bool = True) -> None:
+    """The engine's options; `engine_options` collects them. `caches`: whether it may cache prefixes."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (auto: cpu)")
+    group.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (auto: cpu)"
+    )
     add_kernel(group)
     group.add_argument(
-        "--token-budget", default="auto", type=_auto_or_int, metavar="N", help="tokens of one forward (auto: measured)"
+        "--token-budget",
+        default="auto",
+        type=_auto_or_int,
+        metavar="N",
+        help="tokens of one forward (auto: measured)",
     )
     group.add_argument(
         "--max-sequences", default=256, type=int, metavar="N", help="sequences of one forward (default: 256)"
     )
     group.add_argument(
-        "--max-model-len", type=int, metavar="N", help="longest sequence, prompt and answer (default: what fits)"
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="longest sequence, prompt and answer (default: what fits)",
     )
     group.add_argument(
-        "--kv-memory", default="auto", metavar="SIZE", help='KV cache, bytes or "512MiB" (auto: 1 GiB or one longest sequence)'
+        "--kv-memory",
+        default="auto",
+        metavar="SIZE",
+        help='KV cache, bytes or "512MiB" (auto: 1 GiB or one longest sequence)',
     )
-    group.add_argument(
-        "--no-prefix-caching", dest="prefix_caching", action="store_false", help="compute every prompt from its start"
-    )
+    parser.set_defaults(prefix_caching=caches)
+    if caches:
+        group.add_argument(
+            "--no-prefix-caching",
+            dest="prefix_caching",
+            action="store_false",
+            help="compute every prompt from its start",
+        )
 
 
 def add_kernel(parser: argparse._ActionsContainer) -> None:
     """What decides which kernels run: dtype, threads, instruction set."""
     parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="number format (auto: bfloat16)"
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="number format (auto: bfloat16)",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores this process may use)")
     parser.add_argument(
-        "--isa", default="auto", metavar="NAME", help="instruction set, as `splitfuse info` lists them (auto: the best)"
+        "--threads", type=int, metavar="N", help="threads (default: the cores this process may use)"
+    )
+    parser.add_argument(
+        "--isa",
+        default="auto",
+        metavar="NAME",
+        help="instruction set, as `splitfuse info` lists them (auto: the best)",
     )
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `LLM` and `engine_config`."""
-    names = ("device", "dtype", "threads", "isa", "token_budget", "max_sequences", "max_model_len", "kv_memory")
+    names = (
+        "device",
+        "dtype",
+        "threads",
+        "isa",
+        "token_budget",
+        "max_sequences",
+        "max_model_len",
+        "kv_memory",
+    )
     return {name: getattr(args, name) for name in (*names, "prefix_caching")}
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-v", "--verbose", action="store_true", help="print the memory plan and what runs, on stderr")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="print the memory plan and what runs, on stderr"
+    )
 
 
 def load_llm(args: argparse.Namespace) -> LLM:
@@ -67,14 +103,30 @@ def load_llm(args: argparse.Namespace) -> LLM:
 
 
 _SAMPLING: dict[str, dict[str, Any]] = {
-    "temperature": {"type": float, "metavar": "T", "help": "0 is greedy (default: the model's advice, else 1)"},
-    "top_p": {"type": float, "metavar": "P", "help": "keep the likeliest tokens that reach this probability, (0, 1]"},
+    "temperature": {
+        "type": float,
+        "metavar": "T",
+        "help": "0 is greedy (default: the model's advice, else 1)",
+    },
+    "top_p": {
+        "type": float,
+        "metavar": "P",
+        "help": "keep the likeliest tokens that reach this probability, (0, 1]",
+    },
     "top_k": {"type": int, "metavar": "K", "help": "keep the K likeliest tokens; 0: all"},
     "min_p": {"type": float, "metavar": "P", "help": "drop tokens below this share of the likeliest, [0, 1]"},
     "seed": {"type": int, "metavar": "N", "help": "same seed, same answer (default: a fresh one)"},
     "min_tokens": {"type": int, "metavar": "N", "help": "no end before this many tokens"},
-    "repetition_penalty": {"type": float, "metavar": "X", "help": "above 1: less repetition of prompt and answer"},
-    "presence_penalty": {"type": float, "metavar": "X", "help": "against tokens the answer has already, [-2, 2]"},
+    "repetition_penalty": {
+        "type": float,
+        "metavar": "X",
+        "help": "above 1: less repetition of prompt and answer",
+    },
+    "presence_penalty": {
+        "type": float,
+        "metavar": "X",
+        "help": "against tokens the answer has already, [-2, 2]",
+    },
     "frequency_penalty": {"type": float, "metavar": "X", "help": "the same for each time, [-2, 2]"},
 }
 
@@ -84,12 +136,20 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None) -> Non
     group = parser.add_argument_group("sampling")
     limit = "what the context allows" if max_tokens is None else str(max_tokens)
     group.add_argument(
-        "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"longest answer in tokens (default: {limit})"
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        metavar="N",
+        help=f"longest answer in tokens (default: {limit})",
     )
     for name, how in _SAMPLING.items():
         group.add_argument(f"--{name.replace('_', '-')}", dest=name, **how)
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated",
     )
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of sequence")
 

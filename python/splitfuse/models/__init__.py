@@ -1,5 +1,5 @@
-"""Model families. A family is one short file: what its Hugging Face `config.json` means, and how its tensors are
-called. Its class name in `architectures` picks it."""
+"""Model families. A family is one short file: what its Hugging Face `config.json` means, and how its tensors
+are called. Its class name in `architectures` picks it."""
 
 from __future__ import annotations
 

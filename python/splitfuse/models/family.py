@@ -9,8 +9,8 @@ from typing import Any
 
 from .._core import ConfigError, ModelConfig, RopeConfig
 
-# Hugging Face fields that alter the result in some family, with the values under which they don't. Fields that are
-# in no list are ignored, as the reference implementation ignores them.
+# Hugging Face fields that alter the result in some family, with the values under which they don't. Fields
+# that are in no list are ignored, as the reference implementation ignores them.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "attention_multiplier": (),
@@ -34,6 +34,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }
+_INT_MAX = 2**31 - 1
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _LLAMA3_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _SCALINGS = {"default": set(), "none": set(), "linear": {"factor"}, "llama3": _LLAMA3_KEYS}
@@ -84,10 +85,7 @@ class Fields:
         return self._number(name, self.get(name, default))
 
     def integer(self, name: str, default: int | None = None) -> int:
-        value = self.number(name, default)
-        if not isinstance(value, int):
-            raise self.error(f"{name} is {value!r}; expected an integer")
-        return value
+        return self._whole(name, {name: self.get(name, default)})
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name, default)
@@ -134,16 +132,15 @@ class Fields:
         }
         kind = kinds.pop() if kinds else "default"
         if kinds or kind not in _SCALINGS:
-            raise self.error(
-                f"RoPE scaling {', '.join(sorted([kind, *kinds]))} is not supported; supported: {', '.join(_SCALINGS)}"
-            )
+            named, known = ", ".join(sorted([kind, *kinds])), ", ".join(_SCALINGS)
+            raise self.error(f"RoPE scaling {named} is not supported; supported: {known}")
         return self._rope(kind, values)
 
     def eos_ids(self) -> list[int]:
         value = self.get("eos_token_id", [])
         ids = value if isinstance(value, list) else [value]
-        for id in ids:
-            if isinstance(id, bool) or not isinstance(id, int):
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _INT_MAX:
                 raise self.error(f"eos_token_id is {_short(value)}; expected a token id or a list of them")
         return ids
 
@@ -171,9 +168,15 @@ class Fields:
                 factor=numbers["factor"],
                 low_freq_factor=numbers["low_freq_factor"],
                 high_freq_factor=numbers["high_freq_factor"],
-                original_max_position=int(numbers["original_max_position_embeddings"]),
+                original_max_position=self._whole("original_max_position_embeddings", values),
             )
         return RopeConfig(theta=theta)
+
+    def _whole(self, name: str, values: Mapping[str, Any]) -> int:
+        value = self._number(name, values[name])
+        if not isinstance(value, int) or not 0 <= value <= _INT_MAX:
+            raise self.error(f"{name} is {value!r}; expected an integer from 0 to {_INT_MAX}")
+        return value
 
     def _number(self, name: str, value: Any) -> float:
         if value is None:

@@ -1,0 +1,319 @@
+"""Rotary embedding, KV writes and paged attention of the CPU backend, on every rung of the ISA ladder.
+
+Truth is plain attention in float64. Everything that must not matter (chunking, batch-mates, block placement, stale
+blocks, threads, the future) is held to bits.
+"""
+
+import numpy as np
+import pytest
+import torch
+from splitfuse import _core
+
+pytestmark = pytest.mark.machine_independent  # each test names its instruction set
+
+ISAS = _core.cpu_isas()
+DTYPES = ["float32", "bfloat16"]
+every_kernel = pytest.mark.parametrize(
+    ("dtype", "isa"), [pytest.param(dtype, isa, id=f"{isa}-{dtype}") for isa in ISAS for dtype in DTYPES]
+)
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """What is left of the values in the format, as float32."""
+    if dtype == "float32":
+        return values.astype(np.float32)
+    return torch.from_numpy(values.astype(np.float32)).bfloat16().float().numpy()
+
+
+class Model:
+    """Attention's shape, and what one sequence's rows of qkv give by plain float64 attention."""
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, scale: float | None = None) -> None:
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.scale = np.float32(head_dim**-0.5 if scale is None else scale)
+        self.inv_freq = (10000.0 ** -(np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32)
+
+    def qkv(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        return rng.standard_normal((length, (self.heads + 2 * self.kv_heads) * self.head_dim)).astype(np.float32)
+
+    def rotated(self, x: np.ndarray, dtype: str) -> np.ndarray:
+        """As the contract has it: angles, their cosines and the rotation in float32, then one rounding."""
+        angle = (np.arange(len(x), dtype=np.float32)[:, None] * self.inv_freq).astype(np.float64)
+        cos, sin = (f(angle).astype(np.float32)[:, None] for f in (np.cos, np.sin))
+        low, high = np.split(x, 2, axis=-1)
+        return rounded(np.concatenate([low * cos - high * sin, high * cos + low * sin], -1), dtype).astype(np.float64)
+
+    def truth(self, qkv: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        """Output [length, heads * head_dim], and the same with |v|: how much rounding may matter."""
+        length = len(qkv)
+        x = qkv.reshape(length, -1, self.head_dim)
+        q = self.rotated(x[:, : self.heads], dtype)
+        k = self.rotated(x[:, self.heads : self.heads + self.kv_heads], dtype)
+        v = rounded(x[:, self.heads + self.kv_heads :], dtype).astype(np.float64)
+        k, v = (np.repeat(y, self.heads // self.kv_heads, 1) for y in (k, v))
+        scores = np.einsum("qhd,khd->hqk", q, k) * np.float64(self.scale)
+        scores[:, np.triu(np.ones((length, length), bool), 1)] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out, size = (np.einsum("hqk,khd->qhd", weights, y).reshape(length, -1) for y in (v, np.abs(v)))
+        return out, size
+
+
+class Cache:
+    """One Ops with a KV cache of `blocks` blocks, from which sequences take blocks in a random order."""
+
+    def __init__(self, model: Model, dtype: str, isa: str, *, threads=2, block_size=32, blocks=48, seed=0) -> None:
+        self.model, self.block_size, self.blocks = model, block_size, blocks
+        self.ops = _core.testing.Ops(dtype=dtype, isa=isa, threads=threads)
+        self.free = [int(b) for b in np.random.default_rng(seed).permutation(blocks)]
+
+    def table(self, length: int) -> list[int]:
+        return [self.free.pop() for _ in range(-(-length // self.block_size))]
+
+    def step(self, chunks: list[tuple[int, np.ndarray, list[int]]], **layer: int) -> list[np.ndarray]:
+        """One forward of chunks (computed, rows of qkv, block table); each chunk's output."""
+        out = self.ops.paged(
+            heads=self.model.heads,
+            kv_heads=self.model.kv_heads,
+            head_dim=self.model.head_dim,
+            block_size=self.block_size,
+            blocks=self.blocks,
+            inv_freq=self.model.inv_freq.tolist(),
+            scale=float(self.model.scale),
+            seqs=[(computed, len(rows), table) for computed, rows, table in chunks],
+            qkv=np.concatenate([rows for _, rows, _ in chunks]),
+            **layer,
+        )
+        return np.split(out, np.cumsum([len(rows) for _, rows, _ in chunks])[:-1])
+
+    def run(self, sequences: list[np.ndarray], rng: np.random.Generator, largest: int) -> list[np.ndarray]:
+        """Sequences side by side, in random chunks of at most `largest` rows, a random part of them in each step."""
+        tables = [self.table(len(rows)) for rows in sequences]
+        outs: list[list[np.ndarray]] = [[] for _ in sequences]
+        done = [0] * len(sequences)
+        while any(d < len(rows) for d, rows in zip(done, sequences, strict=True)):
+            live = [i for i, rows in enumerate(sequences) if done[i] < len(rows)]
+            chosen = rng.permutation(live)[: rng.integers(1, len(live) + 1)]
+            chunks = []
+            for i in chosen:
+                length = min(int(rng.integers(1, largest + 1)), len(sequences[i]) - done[i], 1000 // len(chosen))
+                chunks.append((done[i], sequences[i][done[i] : done[i] + length], tables[i]))
+            for i, out in zip(chosen, self.step(chunks), strict=True):
+                outs[i].append(out)
+                done[i] += len(out)
+        return [np.concatenate(parts) for parts in outs]
+
+
+# heads, kv_heads, head_dim, block_size: every GQA ratio that a register tile meets differently, head sizes with and
+# without a half-filled register, block sizes that do and do not divide a tile.
+SHAPES = [
+    (9, 3, 64, 32),
+    (1, 1, 8, 16),
+    (2, 2, 24, 16),
+    (4, 1, 40, 48),
+    (5, 1, 56, 64),
+    (6, 1, 72, 16),
+    (14, 2, 80, 32),
+    (8, 1, 128, 16),
+    (16, 1, 16, 80),
+    (11, 1, 144, 32),
+    (3, 3, 264, 16),
+]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+
+
+def assert_close(out: np.ndarray, qkv: np.ndarray, model: Model, dtype: str, isa: str) -> None:
+    truth, size = model.truth(qkv, dtype)
+    if dtype == "float32":
+        # Exponents carry the rounding of scores, which grow with the products in them.
+        allowed = 4e-6 * (size + 1e-3) * (1 + float(model.scale) * model.head_dim**0.5)
+    else:
+        # The result is rounded to 8 bits; where pairs are multiplied, each softmax weight is too. A cosine one bit off
+        # may now and then turn the rounding of a query or key.
+        weights = 2.0**-8 if isa == "avx512_bf16" else 2.0**-10
+        allowed = np.abs(truth) * 2.0**-8 + size * weights + 1e-6
+    worst = np.unravel_index(np.argmax(np.abs(out - truth) - allowed), out.shape)
+    assert np.all(np.abs(out - truth) <= allowed), (worst, out[worst], truth[worst], allowed[worst])
+
+
+@every_kernel
+@every_shape
+def test_truth(dtype: str, isa: str, shape: tuple[int, int, int, int]) -> None:
+    rng = np.random.default_rng(sum(shape))
+    model = Model(*shape[:3])
+    cache = Cache(model, dtype, isa, block_size=shape[3], blocks=64)
+    sequences = [model.qkv(rng, length) for length in (1, 17, 100, 131, 280)]
+    for rows, out in zip(sequences, cache.run(sequences, rng, 90), strict=True):
+        assert_close(out, rows, model, dtype, isa)
+
+
+@every_kernel
+def test_truth_over_tiles_and_segments(dtype: str, isa: str) -> None:
+    """A context of several segments: a long prompt, then single tokens."""
+    rng = np.random.default_rng(1)
+    model = Model(3, 1, 32)
+    qkv = model.qkv(rng, 1200)
+    cache = Cache(model, dtype, isa, threads=3)
+    table = cache.table(1200)
+    outs = [cache.step([(0, qkv[:900], table)])[0]]
+    outs += [cache.step([(at, qkv[at : at + 1], table)])[0] for at in range(900, 1030)]
+    outs += [cache.step([(1030, qkv[1030:], table)])[0]]
+    assert_close(np.concatenate(outs), qkv, model, dtype, isa)
+
+
+@every_kernel
+@pytest.mark.parametrize("scale", [1e-3, 5.0])
+def test_flat_and_peaked_weights(dtype: str, isa: str, scale: float) -> None:
+    """At scale 5 scores reach hundreds and one key takes all: exponents may neither overflow nor lose it."""
+    rng = np.random.default_rng(2)
+    model = Model(4, 2, 64, scale)
+    qkv = model.qkv(rng, 300)
+    (out,) = Cache(model, dtype, isa).run([qkv], rng, 120)
+    if scale < 1:
+        assert_close(out, qkv, model, dtype, isa)
+        return
+    truth, size = model.truth(qkv, dtype)
+    # Scores of some hundreds, rounded: exponents are off by as much as 1e-4 in float32. Where bfloat16 queries or keys
+    # were rounded the other way than in float64, a near tie of two keys may turn.
+    near = np.abs(out - truth) <= (2e-3 if dtype == "float32" else 0.1) * (size + 1e-3)
+    assert near.mean() > (0.9999 if dtype == "float32" else 0.995)
+
+
+@every_kernel
+def test_one_key_gives_its_value_exactly(dtype: str, isa: str) -> None:
+    model = Model(6, 2, 48)
+    qkv = model.qkv(np.random.default_rng(3), 1)
+    (out,) = Cache(model, dtype, isa).step([(0, qkv, [5])])
+    values = rounded(qkv, dtype).reshape(-1, 48)[8:]
+    assert np.array_equal(out.reshape(2, 3, 48), np.repeat(values[:, None], 3, 1))
+
+
+@every_kernel
+def test_near_the_scalar_kernel(dtype: str, isa: str) -> None:
+    rng = np.random.default_rng(4)
+    model = Model(6, 2, 64)
+    sequences = [model.qkv(rng, length) for length in (40, 333)]
+    outs = [Cache(model, dtype, i).run(sequences, np.random.default_rng(5), 64) for i in ("ref", isa)]
+    for ref, out in zip(*outs, strict=True):
+        allowed = 1e-5 if dtype == "float32" else 2.0**-8 * (np.abs(ref) + 1)
+        assert np.all(np.abs(ref - out) <= allowed)
+
+
+@every_kernel
+@pytest.mark.parametrize("shape", [(9, 3, 64, 32), (2, 2, 24, 16), (7, 1, 80, 48)], ids=lambda s: "x".join(map(str, s)))
+def test_bits_depend_on_the_sequence_alone(dtype: str, isa: str, shape: tuple[int, int, int, int]) -> None:
+    """Chunk sizes, batch-mates, block placement and thread count, all drawn anew each time."""
+    rng = np.random.default_rng(6)
+    model = Model(*shape[:3])
+    sequences = [model.qkv(rng, length) for length in (61, 300, 530 if isa == "ref" else 1100)]
+    alone = [Cache(model, dtype, isa, threads=1, block_size=shape[3], blocks=80) for _ in sequences]
+    expected = [cache.step([(0, rows[:1024], cache.table(1024))])[0] for cache, rows in zip(alone, sequences, strict=True)]
+    for trial, largest in enumerate([1, 7, 64, 257, 1000] if isa != "ref" else [7, 200]):
+        mates = [model.qkv(rng, int(rng.integers(1, 200))) for _ in range(trial)]
+        # Single tokens all along would take long: begin with some rows in one chunk.
+        start = 0 if largest > 1 else 290
+        cache = Cache(model, dtype, isa, threads=1 + trial % 4, block_size=shape[3], blocks=128, seed=trial)
+        if start:
+            rows = sequences[1]
+            table = cache.table(300)
+            outs = [cache.step([(0, rows[:start], table)])[0]]
+            outs += [cache.step([(at, rows[at : at + 1], table)])[0] for at in range(start, 300)]
+            assert np.concatenate(outs).tobytes() == expected[1].tobytes()
+            continue
+        outs = cache.run(sequences + mates, rng, largest)
+        for rows, out, want in zip(sequences, outs, expected, strict=False):
+            assert out[: len(want)].tobytes() == want.tobytes(), (trial, len(rows))
+
+
+@every_kernel
+def test_bits_of_split_contexts(dtype: str, isa: str) -> None:
+    """A single long decode is split over threads at segments; many of them are not. The bits are the same."""
+    rng = np.random.default_rng(7)
+    model = Model(6, 2, 32)
+    length = 1400 if isa == "ref" else 3000
+    qkv = model.qkv(rng, length + 40)
+    results = []
+    for threads in (1, 2, 3, 8):
+        cache = Cache(model, dtype, isa, threads=threads, blocks=128, seed=threads)
+        table = cache.table(length + 40)
+        for at in range(0, length, 1000):
+            cache.step([(at, qkv[at : min(at + 1000, length)], table)])
+        outs = [cache.step([(at, qkv[at : at + 1], table)])[0] for at in range(length, length + 3)]
+        # The same rows again beside others, some of them chunks of many rows with long pasts.
+        mates = [(at, qkv[at : at + 3], table) for at in range(length + 3, length + 12, 3)]
+        outs.append(cache.step([(length, qkv[length : length + 3], table), *mates])[0])
+        outs.append(cache.step([(length + 12, qkv[length + 12 :], table)])[0])
+        assert np.concatenate(outs[:3]).tobytes() == outs[3].tobytes()
+        results.append(np.concatenate(outs).tobytes())
+    assert len(set(results)) == 1
+
+
+@every_kernel
+@pytest.mark.parametrize("stale", [np.nan, np.inf, -np.inf])
+def test_stale_blocks_reach_nothing(dtype: str, isa: str, stale: float) -> None:
+    rng = np.random.default_rng(8)
+    model = Model(6, 2, 40)
+    sequences = [model.qkv(rng, length) for length in (1, 2, 33, 270)]
+    clean = Cache(model, dtype, isa, block_size=16, blocks=32).run(sequences, np.random.default_rng(9), 50)
+    cache = Cache(model, dtype, isa, block_size=16, blocks=32)
+    cache.step([(0, np.full_like(model.qkv(rng, 512), stale), list(range(32)))])
+    for out, want in zip(cache.run(sequences, np.random.default_rng(9), 50), clean, strict=True):
+        assert np.isfinite(want).all()
+        assert out.tobytes() == want.tobytes()
+
+
+@every_kernel
+@pytest.mark.parametrize("future", [np.nan, np.inf])
+def test_the_future_reaches_nothing(dtype: str, isa: str, future: float) -> None:
+    """A broken row breaks itself and what follows, never what came before it in the same chunk."""
+    rng = np.random.default_rng(10)
+    model = Model(3, 1, 64)
+    qkv = model.qkv(rng, 300)
+    (want,) = Cache(model, dtype, isa).step([(0, qkv, list(range(10)))])
+    for broken in (1, 2, 7, 130, 255, 256, 299):
+        bad = qkv.copy()
+        bad[broken] = future
+        (out,) = Cache(model, dtype, isa).step([(0, bad, list(range(10)))])
+        assert out[:broken].tobytes() == want[:broken].tobytes()
+        assert np.isnan(out[broken:]).all()
+
+
+@every_kernel
+def test_layers_and_blocks_are_apart(dtype: str, isa: str) -> None:
+    rng = np.random.default_rng(11)
+    model = Model(4, 2, 24)
+    first, second = model.qkv(rng, 50), model.qkv(rng, 50)
+    cache = Cache(model, dtype, isa, blocks=4)
+    for layer, rows in enumerate((first, second)):
+        cache.step([(0, rows[:49], [3, 1])], layers=2, layer=layer)
+    for layer, rows in enumerate((first, second)):
+        (out,) = cache.step([(49, rows[49:], [3, 1])], layers=2, layer=layer)
+        (want,) = Cache(model, dtype, isa, blocks=4).step([(0, rows, [0, 2])])
+        assert out.tobytes() == want[49:].tobytes()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rotation_is_that_of_exact_positions(isa: str) -> None:
+    """Far positions, by a sequence that claims its past was computed: with one visible key the output is its value,
+    so the keys of the past are made equal and only the rotation tells them apart."""
+    model = Model(1, 1, 64)
+    cache = Cache(model, "float32", isa, blocks=300)
+    table = cache.table(9000)
+    rng = np.random.default_rng(12)
+    qkv = model.qkv(rng, 64)
+    start = 8900
+    # Everything before `start` was never written: zero keys and values, scores of zero.
+    (out,) = cache.step([(start, qkv, table)])
+    x = qkv.astype(np.float64).reshape(64, 3, 64)
+    angle = (np.arange(start, start + 64, dtype=np.float32)[:, None] * model.inv_freq).astype(np.float64)
+
+    def rotate(y: np.ndarray) -> np.ndarray:
+        low, high = np.split(y, 2, axis=-1)
+        return np.concatenate(
+            [low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle)], -1
+        )
+
+    scores = rotate(x[:, 0]) @ rotate(x[:, 1]).T / 8
+    weights = np.tril(np.exp(scores))
+    truth = weights @ x[:, 2] / (start + weights.sum(-1, keepdims=True))
+    assert np.abs(out - truth).max() <= 1e-5 * np.abs(truth).max()
