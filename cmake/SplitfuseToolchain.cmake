@@ -59,7 +59,8 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
 endif()
 if(SPLITFUSE_SANITIZE)
   list(JOIN SPLITFUSE_SANITIZE "," sanitizers)
+  # -O1: instrumented, the kernels take minutes to compile at -O3.
   target_compile_options(splitfuse_flags INTERFACE -fsanitize=${sanitizers} -fno-sanitize-recover=all
-                         -fno-omit-frame-pointer -g)
+                         -fno-omit-frame-pointer -g -O1)
   target_link_options(splitfuse_flags INTERFACE -fsanitize=${sanitizers})
 endif()

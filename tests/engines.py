@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from splitfuse import _core, loader
 from transformers import AutoModelForCausalLM
+
+from splitfuse import _core, loader
 
 ISAS = _core.cpu_isas()
 DTYPES = ["float32", "bfloat16"]

@@ -19,6 +19,16 @@ def run(*command: str | Path, **options) -> str:
 @functools.cache
 def build() -> Path:
     """Builds what has changed; the folder."""
-    run("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DSPLITFUSE_PYTHON=OFF")
+    run(
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        BUILD,
+        "-G",
+        "Ninja",
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DSPLITFUSE_PYTHON=OFF",
+    )
     run("cmake", "--build", BUILD, "-j", str(os.cpu_count()))
     return BUILD

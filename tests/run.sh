@@ -67,7 +67,7 @@ stage_lint() {
 configure() {  # configure NAME [cmake arguments]: a build tree at build/NAME
   local name=$1
   shift
-  cmake -S . -B "build/$name" -G Ninja -Wno-dev -DSPLITFUSE_TESTS=ON -DSPLITFUSE_WERROR=ON "$@" >"build/$name.log" ||
+  cmake -S . -B "build/$name" -G Ninja -DSPLITFUSE_TESTS=ON -DSPLITFUSE_WERROR=ON "$@" >"build/$name.log" ||
     { cat "build/$name.log" >&2; return 1; }
 }
 

@@ -4,8 +4,9 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-import native
 import pytest
+
+import native
 import splitfuse
 
 pytestmark = pytest.mark.machine_independent
@@ -22,7 +23,14 @@ def needed(binary: Path) -> set[str]:
 
 
 def test_library_needs_the_system_and_nothing_else():
-    system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2"}
+    system = {
+        "libstdc++.so.6",
+        "libm.so.6",
+        "libgcc_s.so.1",
+        "libc.so.6",
+        "libpthread.so.0",
+        "ld-linux-x86-64.so.2",
+    }
     assert needed(LIBRARY) <= system
     loaded = native.run("ldd", LIBRARY)
     assert "libtorch" not in loaded
@@ -40,7 +48,9 @@ def test_module_needs_only_the_library_beside_it():
 
 def test_library_shows_its_own_namespace_only():
     own = re.compile(r"(typeinfo for |typeinfo name for |vtable for )?splitfuse::")
-    symbols = [line.split(maxsplit=2)[2] for line in native.run("nm", "-DC", "--defined-only", LIBRARY).splitlines()]
+    symbols = [
+        line.split(maxsplit=2)[2] for line in native.run("nm", "-DC", "--defined-only", LIBRARY).splitlines()
+    ]
     assert "splitfuse::version()" in symbols
     assert [symbol for symbol in symbols if not own.match(symbol)] == []
 
@@ -61,8 +71,10 @@ def test_files_of_an_instruction_set_leave_nothing_the_linker_may_share():
     # A weak symbol compiled here could become the copy that every other file calls, on any processor.
     isa_objects = [file for file in objects() if ISA_OBJECT.search(file.name)]
     assert isa_objects
-    weak = {file.name: re.findall(r"^\S+ [WVu] (.+)$", native.run("nm", "-C", file), re.MULTILINE) for file in isa_objects}
-    assert {name: symbols for name, symbols in weak.items() if symbols} == {}
+    weak = re.compile(r"^\S+ [WVu] .+$", re.MULTILINE)
+    assert {
+        file.name: symbols for file in isa_objects if (symbols := weak.findall(native.run("nm", "-C", file)))
+    } == {}
 
 
 def test_installed_package_is_small_and_needs_no_torch():

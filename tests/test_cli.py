@@ -13,6 +13,7 @@ import pytest
 
 from splitfuse import LLM, SamplingParams, __version__
 
+pytestmark = pytest.mark.machine_independent
 COMMAND = [sys.executable, "-m", "splitfuse"]
 SMALL = ["--dtype", "float32", "--kv-memory", "16MiB", "--token-budget", "48", "--max-sequences", "16"]
 HELP = [
@@ -59,7 +60,6 @@ GREEDY = ["--max-tokens", "10", "--temperature", "0", "--ignore-eos"]
 # ---------------------------------------------------------------- help and errors
 
 
-@pytest.mark.machine_independent
 @pytest.mark.parametrize("command", HELP, ids=" ".join)
 def test_help(command):
     text = succeed(*command, "--help")
@@ -68,7 +68,6 @@ def test_help(command):
         assert "examples:" in text
 
 
-@pytest.mark.machine_independent
 def test_version():
     assert succeed("--version") == f"splitfuse {__version__}\n"
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from test_text import sentencepiece_tokenizer
 
 from splitfuse import CheckpointError, ConfigError, loader
 from splitfuse.gguf_file import GgufFile
 from splitfuse.gguf_tokenizer import read_tokenizer
 from splitfuse.tokenizer import Tokenizer
+from test_text import sentencepiece_tokenizer
 
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",

@@ -32,8 +32,9 @@ CPP_FLOORS = {
 }
 # Single files that may see more.
 CPP_EXCEPTIONS = {
-    "python/bindings/testing.cc": {"base", "backend", "host", "cpu", "model"},
     "python/bindings/bench.cc": {"base", "backend", "host", "cpu", "model"},
+    "python/bindings/testing.cc": {"base", "backend", "host", "cpu", "model"},
+    "python/bindings/testing_engine.cc": {"base", "backend", "host", "model", "engine"},
 }
 INTRINSICS = re.compile(r"_(avx2|avx512|avx512_bf16)(-inl)?\.(cc|h)$")  # files of one instruction set
 POSIX = re.compile(r"(sys/\w+|linux/\w+|fcntl|pthread|sched|unistd)\.h")
@@ -42,23 +43,31 @@ BACKEND_FACTORY = re.compile(r"\bmake_(cpu|cuda)_backend\b")
 # ---- The floors of Python. "local" is the package itself; the standard library is free to all.
 
 PYTHON_FLOORS = {
-    "": {"local", "numpy", "rich"},
-    "bench": {"local", "numpy", "rich"},
-    "cli": {"local", "numpy", "rich"},
-    "models": {"local", "numpy"},
+    "": {"local", "numpy"},
+    "bench": {"local", "numpy"},
+    "cli": {"local"},
+    "models": {"local"},
 }
+# Each outside library has its file.
 PYTHON_EXCEPTIONS = {
-    "loader.py": {"transformers", "huggingface_hub", "gguf", "torch"},
-    "tokenizer.py": {"transformers", "tokenizers", "jinja2"},
-    "text.py": {"transformers", "tokenizers", "jinja2"},
+    "_progress.py": {"rich"},
+    "bench/common.py": {"rich"},
+    "bin_file.py": {"torch"},
+    "chat_template.py": {"jinja2"},
+    "gguf_file.py": {"gguf"},
+    "gguf_tokenizer.py": {"tokenizers"},
+    "hub.py": {"huggingface_hub"},
+    "tokenizer.py": {"tokenizers", "transformers"},
 }
 
 CODE = ("cpp", "cuda", "python/bindings", "tests/cpp")
 MAX_LINES = 400
 MAX_KERNEL_LINES = 600
+MAX_TEST_LINES = 700
 MAX_FUNCTION = 90  # 70 is the sign; beyond this it is a wall
 MAX_KERNEL_FUNCTION = 150
-SKIPPED = {".git", ".venv", "build", "dist", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+CACHES = {"__pycache__", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
+SKIPPED = {".git", ".venv", "build", "dist", *CACHES}
 
 
 def tree(root: Path, *suffixes: str) -> list[Path]:
@@ -66,9 +75,11 @@ def tree(root: Path, *suffixes: str) -> list[Path]:
     files = []
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root)
-        if path.is_file() and not SKIPPED & set(inside.parts) and path.suffix not in {".so", ".pyc", ".whl"}:
-            if not suffixes or path.suffix in suffixes:
-                files.append(inside)
+        ours = (
+            path.is_file() and not SKIPPED & set(inside.parts) and path.suffix not in {".so", ".pyc", ".whl"}
+        )
+        if ours and (not suffixes or path.suffix in suffixes):
+            files.append(inside)
     return files
 
 
@@ -83,7 +94,9 @@ def system_kind(header: str, file: Path) -> str:
     if header.startswith("pybind11/"):
         return "pybind11"
     if header == "immintrin.h":
-        return "std" if INTRINSICS.search(file.name) else "intrinsics outside the files of one instruction set"
+        return (
+            "std" if INTRINSICS.search(file.name) else "intrinsics outside the files of one instruction set"
+        )
     if POSIX.fullmatch(header):
         return "posix"
     return "std" if re.fullmatch(r"[a-z_]+", header) else "unknown"
@@ -149,15 +162,20 @@ def import_offences(root: Path) -> list[str]:
     return offences
 
 
+KERNEL = re.compile(r"cpp/cpu/\w+(_(ref|avx2|avx512|avx512_bf16)\.cc|-inl\.h)")
+
+
 def is_kernel(file: Path) -> bool:
-    return file.is_relative_to("cpp/cpu") and bool(re.search(r"(_(ref|avx2|avx512|avx512_bf16)\.cc|-inl\.h)$", file.name))
+    return bool(KERNEL.fullmatch(file.as_posix()))
 
 
 def length_offences(root: Path) -> list[str]:
     offences = []
     for file in tree(root, ".h", ".cc", ".cu", ".cuh", ".py"):
         lines = (root / file).read_text().splitlines()
-        limit = MAX_KERNEL_LINES if is_kernel(file) or file.is_relative_to("tests") else MAX_LINES
+        limit = MAX_KERNEL_LINES if is_kernel(file) else MAX_LINES
+        if file.is_relative_to("tests"):
+            limit = MAX_TEST_LINES
         if len(lines) > limit:
             offences.append(f"{file} has {len(lines)} lines, {limit} are the sign of one subject")
         limit = MAX_KERNEL_FUNCTION if is_kernel(file) else MAX_FUNCTION
@@ -174,7 +192,9 @@ def functions(file: Path, lines: list[str]) -> list[tuple[str, int]]:
         nodes = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, kinds)]
         return [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in nodes]
     found = []
-    opening = re.compile(r"^(\s*)(?!namespace|class|struct|enum|union|extern|if|for|while|switch|else|do|try)\S.*\{$")
+    opening = re.compile(
+        r"^(\s*)(?!namespace|class|struct|enum|union|extern|if|for|while|switch|else|do|try|[:,)])\S.*\{$"
+    )
     for start, line in enumerate(lines):
         match = opening.match(line)
         if match and ("(" in line or ")" in line):
@@ -191,7 +211,9 @@ def header_offences(root: Path) -> list[str]:
         if not in_folder(file, CODE):
             continue
         text = (root / file).read_text()
-        offences += [f"{file}: {line}" for line in re.findall(r"^\s*#\s*(?:if|ifdef|ifndef)\b.*", text, re.MULTILINE)]
+        offences += [
+            f"{file}: {line}" for line in re.findall(r"^\s*#\s*(?:if|ifdef|ifndef)\b.*", text, re.MULTILINE)
+        ]
         if not file.name.endswith("-inl.h") and "#pragma once" not in text:
             offences.append(f"{file}: no #pragma once")
     return offences
@@ -216,10 +238,18 @@ def unbuilt_offences(root: Path) -> list[str]:
     return [f"{file} is in no CMake list" for file in tree(root, ".cc", ".cu") if file.stem not in listed]
 
 
-# Put together from pieces, so that this file does not offend itself.
-PROMISES = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+def readme_offences(root: Path) -> list[str]:
+    """README shows the consumer whole, so it must be the one that is tested."""
+    program = (root / "tests/cpp/consumer/main.cc").read_text().strip()
+    if program in (root / "README.md").read_text():
+        return []
+    return ["README.md shows another program than tests/cpp/consumer/main.cc"]
+
+
+# Spelled so that this file does not offend itself.
+PROMISES = re.compile(r"\b(TO[D]O|FI[X]ME|XX[X])\b")
 PLACES = re.compile(
-    r"(?<![\w.])/(work|home|root|tmp)/\w|\bpypi" + r"\.org|python" + r"hosted|deb\.deb" + r"ian|registry\.npm" + "js"
+    r"(?<![\w.])/(work|home|root|tmp)/\w|\bpypi[.]org|python[h]osted|deb[.]debian|registry[.]npm"
 )
 
 
@@ -239,6 +269,7 @@ RULES = [
     length_offences,
     header_offences,
     environment_offences,
+    readme_offences,
     unbuilt_offences,
     wording_offences,
 ]
@@ -250,7 +281,9 @@ def test_the_house_holds(rule):
 
 
 def headers() -> list[Path]:
-    return [file for file in tree(ROOT, ".h") if file.is_relative_to("cpp") and not file.name.endswith("-inl.h")]
+    return [
+        file for file in tree(ROOT, ".h") if file.is_relative_to("cpp") and not file.name.endswith("-inl.h")
+    ]
 
 
 @pytest.mark.parametrize("header", headers(), ids=str)
@@ -259,7 +292,8 @@ def test_header_compiles_alone(header):
     assert compiler, "no C++ compiler"
     public = header.is_relative_to("cpp/include")
     folders = ["cpp/include"] if public else ["cpp/include", "cpp"]
-    flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *(f"-I{ROOT / folder}" for folder in folders)]
+    flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    flags += [f"-I{ROOT / folder}" for folder in folders]
     program = f'#include "{header.relative_to(folders[-1])}"\n'
     done = subprocess.run([compiler, *flags, "-x", "c++", "-"], input=program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -277,7 +311,10 @@ BROKEN = {
     "cpp/novel/thing.h": ("#pragma once\n", include_offences),
     "python/bindings/engine.cc": ('#include "base/json.h"\n', include_offences),
     "python/splitfuse/scheduler.py": ("import torch\n", import_offences),
-    "python/splitfuse/models/llama.py": ("def f():\n    from transformers import AutoConfig\n", import_offences),
+    "python/splitfuse/models/llama.py": (
+        "def f():\n    from transformers import AutoConfig\n",
+        import_offences,
+    ),
     "python/splitfuse/loader.py": ("from ... import tests\n", import_offences),
     "python/splitfuse/novel/thing.py": ("", import_offences),
     "cpp/base/long.h": ("#pragma once\n" + "\n" * MAX_LINES, length_offences),
@@ -286,6 +323,7 @@ BROKEN = {
     "cpp/base/choice.h": ("#pragma once\n#ifdef HAVE_CUDA\n#endif\n", header_offences),
     "cpp/base/twice.h": ("int f();\n", header_offences),
     "cpp/base/env.cc": ('auto e = std::getenv("SPLITFUSE_SECRET");\n', environment_offences),
+    "tests/cpp/consumer/main.cc": ("int main() { return 1; }\n", readme_offences),
     "tests/cpp/forgotten.cc": ("", unbuilt_offences),
     "python/splitfuse/later.py": ("# TO" + "DO: later\n", wording_offences),
     "docs.md": ("see /wo" + "rk/notes\n", wording_offences),
@@ -303,14 +341,16 @@ def test_the_rule_sees_a_breach(file, tmp_path):
 
 def test_the_rules_pass_what_is_right(tmp_path):
     good = {
-        "README.md": "SPLITFUSE_CPU_ISA\n",
-        "cpp/CMakeLists.txt": "engine/engine.cc engine/make_backend.cc cpu/isa.cc cpu/rows_avx2.cc testing.cc\n",
+        "README.md": "SPLITFUSE_CPU_ISA\nint main() {}\n",
+        "tests/cpp/consumer/main.cc": "int main() {}\n",
+        "cpp/CMakeLists.txt": "engine/engine.cc engine/make_backend.cc cpu/isa.cc cpu/rows_avx2.cc\n",
+        "tests/cpp/CMakeLists.txt": "main.cc testing.cc\n",
         "cpp/engine/engine.cc": '#include "engine/engine.h"\n#include "host/kv_pool.h"\n#include <sys/mman.h>\n',
         "cpp/engine/make_backend.cc": "auto b = make_cpu_backend(t, 1, isa);\n",
         "cpp/cpu/isa.cc": '#include "cpu/isa.h"\nauto e = std::getenv("SPLITFUSE_CPU_ISA");\n',
         "cpp/cpu/rows_avx2.cc": "#include <immintrin.h>\n",
         "python/bindings/testing.cc": '#include "host/kv_pool.h"\n#include "bindings.h"\n#include <pybind11/stl.h>\n',
-        "python/splitfuse/loader.py": "import os\nimport torch\nfrom . import _core\nfrom .models import llama\n",
+        "python/splitfuse/bin_file.py": "import os\nimport torch\nfrom . import _core\nfrom .models import llama\n",
     }
     for file, text in good.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

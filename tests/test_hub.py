@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, copy_of, run_python
 
+from conftest import TINY, copy_of, run_python
 from splitfuse import CheckpointError, demo, hub, loader
 
 

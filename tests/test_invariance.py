@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import DTYPES, EVERY_KERNEL, ISAS, Run, random_tokens, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from engines import DTYPES, EVERY_KERNEL, ISAS, Run, random_tokens, same_bits
 from splitfuse import _core
 
 pytestmark = pytest.mark.machine_independent  # each test names its instruction set
@@ -250,9 +251,7 @@ def test_seed_sample_index_and_position_key_the_stream(model: Path) -> None:
     keys = [(seed, index) for seed in (0, 1, 2**64 - 1) for index in range(4)]
     for repeat in range(2):
         for id, (seed, index) in enumerate(keys):
-            run.put(
-                100 * repeat + id, prompt, temperature=1.5, seed=seed, sample_index=index, max_tokens=20
-            )
+            run.put(100 * repeat + id, prompt, temperature=1.5, seed=seed, sample_index=index, max_tokens=20)
     run.finish_all()
     answers = [tuple(run.tokens[id]) for id in range(len(keys))]
     assert answers == [tuple(run.tokens[100 + id]) for id in range(len(keys))]

@@ -7,6 +7,7 @@ blocks, threads, the future) is held to bits.
 import numpy as np
 import pytest
 import torch
+
 from splitfuse import _core
 
 pytestmark = pytest.mark.machine_independent  # each test names its instruction set
@@ -34,14 +35,18 @@ class Model:
         self.inv_freq = (10000.0 ** -(np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32)
 
     def qkv(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        return rng.standard_normal((length, (self.heads + 2 * self.kv_heads) * self.head_dim)).astype(np.float32)
+        return rng.standard_normal((length, (self.heads + 2 * self.kv_heads) * self.head_dim)).astype(
+            np.float32
+        )
 
     def rotated(self, x: np.ndarray, dtype: str) -> np.ndarray:
         """As the contract has it: angles, their cosines and the rotation in float32, then one rounding."""
         angle = (np.arange(len(x), dtype=np.float32)[:, None] * self.inv_freq).astype(np.float64)
         cos, sin = (f(angle).astype(np.float32)[:, None] for f in (np.cos, np.sin))
         low, high = np.split(x, 2, axis=-1)
-        return rounded(np.concatenate([low * cos - high * sin, high * cos + low * sin], -1), dtype).astype(np.float64)
+        return rounded(np.concatenate([low * cos - high * sin, high * cos + low * sin], -1), dtype).astype(
+            np.float64
+        )
 
     def truth(self, qkv: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         """Output [length, heads * head_dim], and the same with |v|: how much rounding may matter."""
@@ -62,7 +67,9 @@ class Model:
 class Cache:
     """One Ops with a KV cache of `blocks` blocks, from which sequences take blocks in a random order."""
 
-    def __init__(self, model: Model, dtype: str, isa: str, *, threads=2, block_size=32, blocks=48, seed=0) -> None:
+    def __init__(
+        self, model: Model, dtype: str, isa: str, *, threads=2, block_size=32, blocks=48, seed=0
+    ) -> None:
         self.model, self.block_size, self.blocks = model, block_size, blocks
         self.ops = _core.testing.Ops(dtype=dtype, isa=isa, threads=threads)
         self.free = [int(b) for b in np.random.default_rng(seed).permutation(blocks)]
@@ -96,7 +103,9 @@ class Cache:
             chosen = rng.permutation(live)[: rng.integers(1, len(live) + 1)]
             chunks = []
             for i in chosen:
-                length = min(int(rng.integers(1, largest + 1)), len(sequences[i]) - done[i], 1000 // len(chosen))
+                length = min(
+                    int(rng.integers(1, largest + 1)), len(sequences[i]) - done[i], 1000 // len(chosen)
+                )
                 chunks.append((done[i], sequences[i][done[i] : done[i] + length], tables[i]))
             for i, out in zip(chosen, self.step(chunks), strict=True):
                 outs[i].append(out)
@@ -200,29 +209,36 @@ def test_near_the_scalar_kernel(dtype: str, isa: str) -> None:
 
 
 @every_kernel
-@pytest.mark.parametrize("shape", [(9, 3, 64, 32), (2, 2, 24, 16), (7, 1, 80, 48)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [(9, 3, 64, 32), (2, 2, 24, 16), (7, 1, 80, 48)], ids=lambda s: "x".join(map(str, s))
+)
 def test_bits_depend_on_the_sequence_alone(dtype: str, isa: str, shape: tuple[int, int, int, int]) -> None:
     """Chunk sizes, batch-mates, block placement and thread count, all drawn anew each time."""
     rng = np.random.default_rng(6)
     model = Model(*shape[:3])
     sequences = [model.qkv(rng, length) for length in (61, 300, 530 if isa == "ref" else 1100)]
-    alone = [Cache(model, dtype, isa, threads=1, block_size=shape[3], blocks=80) for _ in sequences]
-    expected = [cache.step([(0, rows[:1024], cache.table(1024))])[0] for cache, rows in zip(alone, sequences, strict=True)]
-    for trial, largest in enumerate([1, 7, 64, 257, 1000] if isa != "ref" else [7, 200]):
+    expected = []
+    for rows in sequences:
+        cache = Cache(model, dtype, isa, threads=1, block_size=shape[3], blocks=80)
+        expected += cache.step([(0, rows[:1024], cache.table(1024))])
+    for trial, largest in enumerate([7, 200] if isa == "ref" else [7, 64, 257, 1000]):
         mates = [model.qkv(rng, int(rng.integers(1, 200))) for _ in range(trial)]
-        # Single tokens all along would take long: begin with some rows in one chunk.
-        start = 0 if largest > 1 else 290
-        cache = Cache(model, dtype, isa, threads=1 + trial % 4, block_size=shape[3], blocks=128, seed=trial)
-        if start:
-            rows = sequences[1]
-            table = cache.table(300)
-            outs = [cache.step([(0, rows[:start], table)])[0]]
-            outs += [cache.step([(at, rows[at : at + 1], table)])[0] for at in range(start, 300)]
-            assert np.concatenate(outs).tobytes() == expected[1].tobytes()
-            continue
+        cache = Cache(model, dtype, isa, threads=1 + trial, block_size=shape[3], blocks=128, seed=trial)
         outs = cache.run(sequences + mates, rng, largest)
         for rows, out, want in zip(sequences, outs, expected, strict=False):
-            assert out[: len(want)].tobytes() == want.tobytes(), (trial, len(rows))
+            assert out[: len(want)].tobytes() == want.tobytes(), (largest, len(rows))
+
+
+@every_kernel
+@pytest.mark.parametrize("shape", [(9, 3, 64, 32), (1, 1, 16, 16)], ids=lambda s: "x".join(map(str, s)))
+def test_bits_token_by_token(dtype: str, isa: str, shape: tuple[int, int, int, int]) -> None:
+    model = Model(*shape[:3])
+    qkv = model.qkv(np.random.default_rng(13), 290)
+    (want,) = Cache(model, dtype, isa, block_size=shape[3]).step([(0, qkv, list(range(20)))])
+    cache = Cache(model, dtype, isa, block_size=shape[3])
+    table = cache.table(290)
+    outs = [cache.step([(at, qkv[at : at + 1], table)])[0] for at in range(290)]
+    assert np.concatenate(outs).tobytes() == want.tobytes()
 
 
 @every_kernel

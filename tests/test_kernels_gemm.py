@@ -1,4 +1,4 @@
-"""The linear layers of the CPU backend on every rung of the ISA ladder, held to float64 and the scalar kernels.
+"""The linear layers of the CPU backend on every rung of the ISA ladder, held to float64 and to scalar code.
 
 `Ops` poisons every output with NaN and fails if anything beyond the last column was written.
 """

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+
 from splitfuse import _core
 
 pytestmark = pytest.mark.machine_independent  # each test names its instruction set
 
 EVERY_KERNEL = [
-    pytest.param(dtype, isa, id=f"{isa}-{dtype}") for isa in _core.cpu_isas() for dtype in ("float32", "bfloat16")
+    pytest.param(dtype, isa, id=f"{isa}-{dtype}")
+    for isa in _core.cpu_isas()
+    for dtype in ("float32", "bfloat16")
 ]
 every_kernel = pytest.mark.parametrize(("dtype", "isa"), EVERY_KERNEL)
 # Around the width of a register and of four; hidden sizes are multiples of 4 or more.

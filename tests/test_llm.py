@@ -123,6 +123,25 @@ def test_n_answers(llm):
     assert llm.generate("the cat", first)[0].token_ids == outputs[0].token_ids
 
 
+def test_a_prompt_is_computed_once(llm):
+    """Turns of a conversation, equal beginnings and n answers find it in the prefix cache; nothing else changes."""
+    prompt = [i % 250 for i in range(100)]
+    whole_blocks = 99 // llm.engine.query().block_size * llm.engine.query().block_size
+    assert whole_blocks > 0
+    fresh = llm.generate(prompt, greedy(30, ignore_eos=True))[0]
+    for again, hits in ((greedy(30, ignore_eos=True), 1), (greedy(30, ignore_eos=True, n=3), 3)):
+        before = llm.engine.query().prefix_hits
+        assert all(c.token_ids == fresh.token_ids for c in llm.generate(prompt, again)[0].outputs)
+        assert llm.engine.query().prefix_hits - before == hits * whole_blocks
+    before = llm.engine.query().prefix_hits
+    llm.generate(prompt + fresh.token_ids, greedy(2))
+    assert llm.engine.query().prefix_hits - before > whole_blocks
+    before = llm.engine.query().prefix_hits
+    salted = llm.scheduler.submit(prompt, greedy(30, ignore_eos=True), cache_salt="mine").result(30)
+    assert salted.token_ids == fresh.token_ids
+    assert llm.engine.query().prefix_hits == before
+
+
 def test_logprobs(llm):
     params = greedy(6, logprobs=3, prompt_logprobs=2, ignore_eos=True)
     output = llm.generate("the cat and the dog", params)[0]

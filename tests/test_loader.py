@@ -5,11 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import TINY, copy_of, edit_json, run_python
 from safetensors.numpy import load_file, save_file
-from test_families import LLAMA2
 
+from conftest import TINY, copy_of, edit_json, run_python
 from splitfuse import CheckpointError, loader
+from test_families import LLAMA2
 
 # Hugging Face directories
 

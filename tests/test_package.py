@@ -1,11 +1,12 @@
-"""The C++ package as an embedder meets it: found by CMake, linked, run; and what CMake says when something is missing."""
+"""The C++ package as an embedder meets it: found by CMake, linked, run; and what CMake says of what is missing."""
 
 import os
 import subprocess
 import sys
 
-import native
 import pytest
+
+import native
 import splitfuse
 
 pytestmark = pytest.mark.machine_independent
@@ -34,22 +35,23 @@ def installed_prefix(tmp_path_factory):
     return prefix
 
 
+def build_consumer(prefix, folder):
+    source = native.ROOT / "tests/cpp/consumer"
+    native.run("cmake", "-S", source, "-B", folder, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    native.run("cmake", "--build", folder)
+    return folder / "consumer"
+
+
 @pytest.mark.parametrize("source", ["wheel", "cmake --install"])
 def test_consumer_gives_the_tokens_python_gives(source, installed_prefix, checkpoint, answer, tmp_path):
     prefix = splitfuse.cmake_prefix() if source == "wheel" else installed_prefix
-    native.run(
-        "cmake", "-S", native.ROOT / "tests/cpp/consumer", "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}"
-    )
-    native.run("cmake", "--build", tmp_path)
-    ids = native.run(tmp_path / "consumer", checkpoint, *map(str, PROMPT)).split()
+    ids = native.run(build_consumer(prefix, tmp_path), checkpoint, *map(str, PROMPT)).split()
     assert [int(token) for token in ids] == list(answer)
 
 
 def test_consumer_explains_a_bad_checkpoint(installed_prefix, tmp_path):
-    source = native.ROOT / "tests/cpp/consumer"
-    native.run("cmake", "-S", source, "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={installed_prefix}")
-    native.run("cmake", "--build", tmp_path)
-    done = subprocess.run([tmp_path / "consumer", tmp_path / "absent", "1"], capture_output=True, text=True)
+    consumer = build_consumer(installed_prefix, tmp_path)
+    done = subprocess.run([consumer, tmp_path / "absent", "1"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "absent" in done.stderr
 

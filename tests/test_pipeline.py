@@ -7,6 +7,7 @@ import pytest
 import splitfuse
 from splitfuse import InvalidArgument, SamplingParams, StateError
 
+pytestmark = pytest.mark.machine_independent
 SMALL = {"dtype": "float32", "kv_memory": "16MiB", "token_budget": 48, "verbose": False}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from splitfuse._core import Limits, SeqView, plan_splitfuse
 
 pytestmark = pytest.mark.machine_independent
@@ -39,7 +40,10 @@ class Rule:
         self.present = list(order)  # those who have not had to step aside
 
     def plan(self) -> tuple[list[tuple[int, int]], list[int]]:
-        for wanted, serve in ((is_decode, self.serve_decode), (lambda seq: not is_decode(seq), self.serve_prompt)):
+        for wanted, serve in (
+            (is_decode, self.serve_decode),
+            (lambda seq: not is_decode(seq), self.serve_prompt),
+        ):
             for seq in self.order:
                 if seq in self.present and to_do(seq) > 0 and wanted(seq) and self.budget and self.slots:
                     serve(seq)
@@ -253,7 +257,9 @@ def test_everyone_ends_and_the_oldest_never_waits_for_younger_ones(
     largest = max(ceil_div(prompt + output, BLOCK_SIZE) for prompt, output in requests)
     service = Service(requests, budget, seqs, largest + spare)
     # Alone, the oldest of those left needs at most this; the others cost it at most their decodes.
-    most = 2 * sum(ceil_div(prompt, min(budget, BLOCK_SIZE)) + output + len(requests) for prompt, output in requests)
+    most = 2 * sum(
+        ceil_div(prompt, min(budget, BLOCK_SIZE)) + output + len(requests) for prompt, output in requests
+    )
     waited = 0
     for _ in range(most):
         live = [seq for seq in service.seqs if not seq.finished]

@@ -9,6 +9,7 @@ import pytest
 
 from splitfuse import Completion, InvalidArgument, RequestOutput, SamplingParams
 
+pytestmark = pytest.mark.machine_independent
 NAN, INF = math.nan, math.inf
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from splitfuse import _core
 from splitfuse._core import SamplingParams
 
@@ -15,7 +16,9 @@ MASK = 0xFFFFFFFF
 
 
 def sample(isa: str, logits: np.ndarray, rows: list[dict], threads: int = 2) -> list[tuple]:
-    return _core.testing.Ops(dtype="float32", isa=isa, threads=threads).sample(logits.astype(np.float32), rows)
+    return _core.testing.Ops(dtype="float32", isa=isa, threads=threads).sample(
+        logits.astype(np.float32), rows
+    )
 
 
 # ---- The model
@@ -118,11 +121,18 @@ def random_row(rng: np.random.Generator, vocab: int) -> dict:
         repetition_penalty=float(rng.choice([0.5, 1.3, 2.0])) if coin(0.3) else 1.0,
         presence_penalty=float(rng.choice([-1.0, 0.5, 2.0])) if coin(0.3) else 0.0,
         frequency_penalty=float(rng.choice([-1.0, 0.5, 2.0])) if coin(0.3) else 0.0,
-        logit_bias=[(int(t), float(b)) for t, b in zip(rng.permutation(vocab)[:3], [-100.0, 2.0, 5.0], strict=True)]
+        logit_bias=[
+            (int(t), float(b)) for t, b in zip(rng.permutation(vocab)[:3], [-100.0, 2.0, 5.0], strict=True)
+        ]
         if coin(0.3)
         else [],
     )
-    row = {"params": params, "tokens": ids, "prompt": int(rng.integers(0, length + 1)), "top": int(rng.integers(-1, 21))}
+    row = {
+        "params": params,
+        "tokens": ids,
+        "prompt": int(rng.integers(0, length + 1)),
+        "top": int(rng.integers(-1, 21)),
+    }
     if coin(0.3):
         row["stop_ids"] = [int(t) for t in rng.permutation(vocab)[:2]]
     return row
@@ -140,7 +150,11 @@ def test_rules(isa: str, vocab: int, spread: float) -> None:
     for row, x, (token, logprob, top) in zip(rows, logits, sample(isa, logits, rows), strict=True):
         tokens, p = expected(x, row)
         # Where the edge of a kept set falls between two tokens within rounding, either side is right.
-        assert token in tokens or p[token] == 0 and near_an_edge(x, row, token), (token, tokens, row["params"])
+        assert token in tokens or (p[token] == 0 and near_an_edge(x, row, token)), (
+            token,
+            tokens,
+            row["params"],
+        )
         wide = x.astype(np.float64)
         raw = wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
         if row["top"] < 0:
@@ -180,7 +194,9 @@ def test_exact_cuts(isa: str) -> None:
         "min_p then p": {"min_p": 0.2, "top_p": 0.55},
     }
     rows = [
-        {"params": SamplingParams(seed=seed, **case), "tokens": [0]} for case in cases.values() for seed in range(150)
+        {"params": SamplingParams(seed=seed, **case), "tokens": [0]}
+        for case in cases.values()
+        for seed in range(150)
     ]
     drawn = [token for token, _, _ in sample(isa, np.tile(logits, (len(rows), 1)), rows)]
     for i, name in enumerate(cases):
@@ -219,7 +235,11 @@ def test_penalties_tell_prompt_from_output(isa: str) -> None:
         {"params": SamplingParams(**greedy, frequency_penalty=0.06), "tokens": [0, 0], "prompt": 0},
         {"params": SamplingParams(**greedy, frequency_penalty=0.06), "tokens": [0, 0], "prompt": 1},
         {"params": SamplingParams(**greedy, repetition_penalty=1.1), "tokens": [0, 0], "prompt": 2},
-        {"params": SamplingParams(**greedy, repetition_penalty=1.2), "tokens": [3, 2, 1, 0], "stop_ids": [0, 1, 2]},
+        {
+            "params": SamplingParams(**greedy, repetition_penalty=1.2),
+            "tokens": [3, 2, 1, 0],
+            "stop_ids": [0, 1, 2],
+        },
         {"params": SamplingParams(**greedy, logit_bias=[(4, 4.2)]), "tokens": [0]},
     ]
     drawn = [token for token, _, _ in sample(isa, np.tile(logits, (len(rows), 1)), rows)]
@@ -286,7 +306,8 @@ def test_extreme_temperatures(isa: str, temperature: float) -> None:
 
 @every_isa
 @pytest.mark.parametrize(
-    "fields", [{}, {"temperature": 0.6}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.1, "top_k": 20, "top_p": 0.9}]
+    "fields",
+    [{}, {"temperature": 0.6}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.1, "top_k": 20, "top_p": 0.9}],
 )
 def test_draws_have_the_distribution(isa: str, fields: dict) -> None:
     """Chi-square over 20,000 seeds, which are fixed: it passes always or never."""
@@ -294,7 +315,9 @@ def test_draws_have_the_distribution(isa: str, fields: dict) -> None:
     logits, draws = rng.standard_normal(40) * 1.5, 20000
     counts = np.zeros(40)
     for start in range(0, draws, 4000):
-        rows = [{"params": SamplingParams(seed=s, **fields), "tokens": [0]} for s in range(start, start + 4000)]
+        rows = [
+            {"params": SamplingParams(seed=s, **fields), "tokens": [0]} for s in range(start, start + 4000)
+        ]
         for token, _, _ in sample(isa, np.tile(logits, (4000, 1)), rows):
             counts[token] += 1
     p = kept(logits.astype(np.float32), rows[0])
@@ -325,7 +348,10 @@ def test_large_vocabulary(isa: str) -> None:
     vocab = 262144
     logits = np.zeros((9, vocab), np.float32)
     logits[:, 0] = 5.0
-    rows = [{"params": SamplingParams(seed=s, top_p=0.999 if s % 2 else 1.0), "tokens": [0], "top": 0} for s in range(9)]
+    rows = [
+        {"params": SamplingParams(seed=s, top_p=0.999 if s % 2 else 1.0), "tokens": [0], "top": 0}
+        for s in range(9)
+    ]
     total = np.exp(5.0) + vocab - 1
     for row, (token, logprob, _) in zip(rows, sample(isa, logits, rows), strict=True):
         u = uniform(row["params"].seed, 0, 1)

@@ -6,9 +6,11 @@ import threading
 import time
 
 import pytest
-from fake_engine import EOS, FakeEngine, FakeTokenizer, answer, spells
 
+from fake_engine import EOS, FakeEngine, FakeTokenizer, answer, spells
 from splitfuse import InvalidArgument, QueueFull, SamplingParams, Scheduler, StateError, StepPlan
+
+pytestmark = pytest.mark.machine_independent
 
 
 def greedy(count=8, **kwargs):

@@ -3,12 +3,12 @@
 from itertools import pairwise
 
 import pytest
-from conftest import byte_level_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from conftest import byte_level_tokenizer
 from splitfuse import InvalidArgument
 from splitfuse.text import IncrementalDetokenizer, StopChecker
 from splitfuse.tokenizer import Tokenizer

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import byte_level_tokenizer, copy_of, edit_json, save_tokenizer
 
+from conftest import byte_level_tokenizer, copy_of, edit_json, save_tokenizer
 from splitfuse import CheckpointError, ConfigError, InvalidArgument, loader
 from splitfuse.tokenizer import Tokenizer
 

@@ -143,8 +143,8 @@ class Backend {
   /// x [rows, k] f32 = the rows of `table` [n = vocab, k] that the batch's tokens name.
   virtual void embed(const Linear& table, float* x) = 0;
   /// out [rows, columns] = x / rms(x) * weight, row by row; `rows` given: of these rows of x alone, closed up.
-  virtual void rms_norm(const float* x, const float* weight, float eps, int32_t columns,
-                        std::span<const int32_t> rows, void* out) = 0;
+  virtual void rms_norm(const float* x, const float* weight, float eps, int32_t columns, std::span<const int32_t> rows,
+                        void* out) = 0;
   /// out [rows, n] f32 = in [rows, k] W^T + bias.
   virtual void linear(const Linear& linear, const void* in, int32_t rows, float* out) = 0;
   /// x [rows, n] f32 += in [rows, k] W^T + bias.

@@ -16,7 +16,6 @@ struct F32Format {
   using Out = float;  // of gated linears
   static constexpr int32_t kPerStep = 1;
   static constexpr int32_t kInPerStep = 1;
-  static constexpr int32_t kBlockSteps = 768;
 
   template <int R, int C>
   [[gnu::always_inline]] static void step(const In* in, int64_t stride, const Weight* panel, Vec::Reg (&sums)[R][C]) {
@@ -39,7 +38,6 @@ struct WideBf16Format {
   using Out = uint16_t;
   static constexpr int32_t kPerStep = 2;
   static constexpr int32_t kInPerStep = 2;
-  static constexpr int32_t kBlockSteps = 384;
 
   template <int R, int C>
   [[gnu::always_inline]] static void step(const In* in, int64_t stride, const Weight* panel, Vec::Reg (&sums)[R][C]) {
@@ -140,13 +138,25 @@ void write_gated(const float* sums, int32_t rows, Out* out, int64_t stride, int3
 
 // ---- Loops
 
-/// sums [R][W], from zero or from where they stand, += rows times panel over `steps` steps.
+/// One block of k of one tile of rows against one panel.
+template <class Format>
+struct Block {
+  const typename Format::In* in;
+  int64_t stride;
+  const typename Format::Weight* panel;
+  int32_t steps;
+  int64_t ahead;  // bytes from what is multiplied to what is fetched
+  bool from_zero;  // or from where the sums stand
+  float* sums;  // [rows][W]
+};
+
+/// sums [R][W] += R rows times the panel.
 template <class Format, int R, int C>
-void micro(const typename Format::In* in, int64_t stride, const typename Format::Weight* panel, int32_t steps,
-           bool from_zero, float* sums) {
+void micro(const Block<Format>& block) {
   constexpr int W = C * Vec::kLanes;
+  float* sums = block.sums;
   Vec::Reg acc[R][C];
-  if (from_zero) {
+  if (block.from_zero) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -159,12 +169,17 @@ void micro(const typename Format::In* in, int64_t stride, const typename Format:
       for (int c = 0; c < C; ++c) acc[r][c] = Vec::load(sums + r * W + c * Vec::kLanes);
     }
   }
+  const typename Format::In* in = block.in;
+  const typename Format::Weight* panel = block.panel;
+  const int64_t stride = block.stride;
+  const int64_t ahead = block.ahead;
+  const int32_t steps = block.steps;
 #pragma GCC unroll 1
   for (int32_t s = 0; s < steps; ++s) {
-    const auto* ahead = reinterpret_cast<const char*>(panel) + kAheadBytes;
+    const auto* fetched = reinterpret_cast<const char*>(panel) + ahead;
 #pragma GCC unroll 8
     for (size_t i = 0; i < Format::kPerStep * W * sizeof(typename Format::Weight); i += kLineBytes) {
-      __builtin_prefetch(ahead + i);
+      __builtin_prefetch(fetched + i);
     }
     Format::template step<R, C>(in, stride, panel, acc);
     in += Format::kInPerStep;
@@ -179,13 +194,11 @@ void micro(const typename Format::In* in, int64_t stride, const typename Format:
 
 /// micro<R> for a number of rows known only now; R counts down to it.
 template <class Format, int R, int C>
-[[gnu::always_inline]] inline void micro_rows(int32_t rows, const typename Format::In* in, int64_t stride,
-                                              const typename Format::Weight* panel, int32_t steps, bool from_zero,
-                                              float* sums) {
+[[gnu::always_inline]] inline void micro_rows(int32_t rows, const Block<Format>& block) {
   if (rows == R) {
-    micro<Format, R, C>(in, stride, panel, steps, from_zero, sums);
+    micro<Format, R, C>(block);
   } else if constexpr (R > 1) {
-    micro_rows<Format, R - 1, C>(rows, in, stride, panel, steps, from_zero, sums);
+    micro_rows<Format, R - 1, C>(rows, block);
   }
 }
 
@@ -215,21 +228,29 @@ void multiply(const GemmTask& task) {
   using In = typename Format::In;
   using Weight = typename Format::Weight;
   const int32_t steps = (task.depth + Format::kPerStep - 1) / Format::kPerStep;
-  const int32_t blocks = (steps + Format::kBlockSteps - 1) / Format::kBlockSteps;
+  constexpr int32_t kBlockSteps = kDepthBytes / (Format::kInPerStep * int32_t{sizeof(In)});
+  const int32_t blocks = (steps + kBlockSteps - 1) / kBlockSteps;
   const int32_t block_steps = (steps + blocks - 1) / blocks;
   const int32_t tiles = (task.rows + R - 1) / R;
+  constexpr int64_t kStepWeights = int64_t{Format::kPerStep} * W;
   for (int32_t p = task.panel_begin; p < task.panel_end; ++p) {
-    const Weight* panel = reinterpret_cast<const Weight*>(task.panels) + int64_t{p} * steps * Format::kPerStep * W;
+    const Weight* panel = reinterpret_cast<const Weight*>(task.panels) + p * steps * kStepWeights;
     for (int32_t begin = 0; begin < steps; begin += block_steps) {
-      const int32_t end = begin + block_steps < steps ? begin + block_steps : steps;
+      Block<Format> block;
+      block.stride = task.in_stride;
+      block.panel = panel + begin * kStepWeights;
+      block.steps = steps - begin < block_steps ? steps - begin : block_steps;
+      block.from_zero = begin == 0;
       for (int32_t tile = 0; tile < tiles; ++tile) {  // of equal size, give or take a row
         const int32_t row = static_cast<int32_t>(int64_t{tile} * task.rows / tiles);
         const int32_t rows = static_cast<int32_t>(int64_t{tile + 1} * task.rows / tiles) - row;
-        float* sums = task.sums + (blocks > 1 ? row * W : 0);
-        const In* in = static_cast<const In*>(task.in) + row * task.in_stride + int64_t{begin} * Format::kInPerStep;
-        micro_rows<Format, R, C>(rows, in, task.in_stride, panel + int64_t{begin} * Format::kPerStep * W, end - begin,
-                                 begin == 0, sums);
-        if (end == steps) finish<Format, R, W>(task, p, row, rows, sums);
+        block.in = static_cast<const In*>(task.in) + row * task.in_stride + int64_t{begin} * Format::kInPerStep;
+        block.sums = task.sums + (blocks > 1 ? row * W : 0);
+        // The last of many tiles, which finds this block in the cache, fetches the one that follows.
+        const bool fetch_next = tile > 0 && tile + 1 == tiles;
+        block.ahead = fetch_next ? block.steps * kStepWeights * int64_t{sizeof(Weight)} : kAheadBytes;
+        micro_rows<Format, R, C>(rows, block);
+        if (begin + block.steps == steps) finish<Format, R, W>(task, p, row, rows, block.sums);
       }
     }
   }

@@ -39,6 +39,8 @@ struct GemmTask {
   float* sums = nullptr;         // scratch, kSumFloats
 };
 
+/// k is walked in blocks of about this many bytes of a row: those of a tile then stay in the first cache.
+inline constexpr int32_t kDepthBytes = 3072;
 /// Most rows of one task, and the scratch it needs: a panel's sums while k is walked in blocks.
 inline constexpr int32_t kTaskRows = 512;
 inline constexpr int32_t kWidestPanel = 48;

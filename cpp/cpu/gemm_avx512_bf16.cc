@@ -33,7 +33,6 @@ struct Bf16Format {
   using Out = uint16_t;
   static constexpr int32_t kPerStep = 2;
   static constexpr int32_t kInPerStep = 2;
-  static constexpr int32_t kBlockSteps = 768;
 
   template <int R, int C>
   [[gnu::always_inline]] static void step(const In* in, int64_t stride, const Weight* panel, Vec::Reg (&sums)[R][C]) {

@@ -7,10 +7,10 @@
 namespace splitfuse {
 namespace {
 
-/// Rows of a task are chosen to take about this much, so that they stay in the second cache beside a panel while
-/// panel after panel passes by.
+/// A block of k of a task's rows takes about this much, so that it stays in the second cache beside one of a panel
+/// while panel after panel passes by.
 constexpr int64_t kRowBytes = 448 << 10;
-/// A thread's room for rows widened to f32. Where a row is so long that no tile fits in kRowBytes, it bounds the rows.
+/// A thread's room for rows widened to f32.
 constexpr int64_t kWidenFloats = 256 << 10;
 /// Pieces of a thread's share: small enough that a thread that was held up can be helped.
 constexpr int32_t kPieces = 8;
@@ -28,8 +28,8 @@ GemmTable gemm_table(Isa isa) {
   return table;
 }
 
-/// One multiplication, cut up: each share into groups of panels, the rows into blocks; a piece is a group times a
-/// block.
+/// One multiplication, cut up: the rows into blocks, each share into groups of panels. A piece is a block times a
+/// group; pieces go through all groups with one block of rows before they come to the next.
 struct LinearOps::Work {
   GemmTask task;             // of all rows and panels
   int32_t row_bytes = 0;     // of one row as the kernel reads it
@@ -69,9 +69,12 @@ void LinearOps::embed(const Linear& table, std::span<const Token> tokens, float*
 
 void LinearOps::divide(Work& work) {
   const int32_t tile = kernel_.row_tile;
-  const auto room = static_cast<int32_t>(kRowBytes / work.row_bytes / tile * tile);
-  const auto least = std::min<int64_t>(tile, kWidenFloats * int64_t{sizeof(float)} / work.row_bytes);
-  const int32_t most_rows = std::clamp(room, static_cast<int32_t>(least), kTaskRows / tile * tile);
+  const auto room = static_cast<int32_t>(kRowBytes / std::min(work.row_bytes, kDepthBytes) / tile * tile);
+  int32_t most_rows = std::min(room, kTaskRows / tile * tile);
+  if (kernel_.widen != nullptr) {
+    most_rows = std::min(most_rows, static_cast<int32_t>(kWidenFloats * int64_t{sizeof(float)} / work.row_bytes));
+    if (most_rows > tile) most_rows = most_rows / tile * tile;
+  }
   SPLITFUSE_ASSERT(most_rows > 0);
   // With few panels for the threads there are, they share the rows.
   const int32_t threads = pool_.size();
@@ -90,8 +93,9 @@ void LinearOps::divide(Work& work) {
 
 /// `widened`: the block of rows that stands in scratch as f32.
 void LinearOps::run_piece(const Work& work, const Share& share, int32_t piece, float* scratch, int32_t& widened) const {
-  const int32_t block = piece % work.row_blocks;
-  const int32_t group = piece / work.row_blocks;
+  const int32_t groups = share.pieces / work.row_blocks;
+  const int32_t block = piece / groups;
+  const int32_t group = piece % groups;
   const int32_t row = block * work.block_rows;
   GemmTask task = work.task;
   task.sums = scratch;
@@ -118,6 +122,7 @@ void LinearOps::run_piece(const Work& work, const Share& share, int32_t piece, f
 
 void LinearOps::multiply(const Linear& linear, const void* in, int32_t rows, Epilogue epilogue, void* out) {
   if (rows == 0) return;
+  SPLITFUSE_ASSERT(scratch_.size() > 0);
   SPLITFUSE_ASSERT(linear.gated == (epilogue == Epilogue::kGate));
   const PackedLayout packed = layout(linear);
   Work work;

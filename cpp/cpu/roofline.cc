@@ -31,6 +31,7 @@ double best_rate(double seconds, Pass&& pass) {
 
 Roofline measure_roofline(DType dtype, int threads, Isa isa, double seconds) {
   constexpr int64_t kReadBytes = int64_t{512} << 20;
+  constexpr int64_t kPassBytes = int64_t{32} << 20;   // short passes, so that some run undisturbed
   constexpr int64_t kLine = 512;
   constexpr int64_t kRounds = 100000;
   ThreadPool pool(threads);
@@ -38,22 +39,24 @@ Roofline measure_roofline(DType dtype, int threads, Isa isa, double seconds) {
   const GemmKernel& kernel = dtype == DType::kBF16 ? table.bf16 : table.f32;
   std::atomic<uint64_t> sink{0};   // keeps the reads from being left out
 
-  Roofline roofline;
   const Memory memory(kReadBytes);
-  roofline.read_gbps = 1e-9 * best_rate(seconds / 2, [&] {
-                         pool.run([&](int thread) {
-                           const int64_t begin = kReadBytes / kLine * thread / pool.size() * kLine;
-                           const int64_t end = kReadBytes / kLine * (thread + 1) / pool.size() * kLine;
-                           sink.fetch_or(table.read(memory.data() + begin, end - begin), std::memory_order_relaxed);
-                         });
-                         return static_cast<double>(kReadBytes);
-                       });
-  roofline.peak_gflops = 1e-9 * best_rate(seconds / 2, [&] {
-                           std::atomic<double> done{0};
-                           pool.run([&](int) { done.fetch_add(kernel.peak(kRounds)); });
-                           return done.load();
-                         });
-  return roofline;
+  int64_t place = 0;
+  const auto read = [&] {
+    const std::byte* data = memory.data() + place;
+    place = (place + kPassBytes) % kReadBytes;
+    pool.run([&](int thread) {
+      const int64_t begin = kPassBytes / kLine * thread / pool.size() * kLine;
+      const int64_t end = kPassBytes / kLine * (thread + 1) / pool.size() * kLine;
+      sink.fetch_or(table.read(data + begin, end - begin), std::memory_order_relaxed);
+    });
+    return static_cast<double>(kPassBytes);
+  };
+  const auto peak = [&] {
+    std::atomic<double> done{0};
+    pool.run([&](int) { done.fetch_add(kernel.peak(kRounds)); });
+    return done.load();
+  };
+  return {.read_gbps = 1e-9 * best_rate(seconds / 2, read), .peak_gflops = 1e-9 * best_rate(seconds / 2, peak)};
 }
 
 }  // namespace splitfuse

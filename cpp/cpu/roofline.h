@@ -11,8 +11,8 @@ struct Roofline {
   double peak_gflops = 0;   // 1e9 operations a second of the format's multiply-add, on registers alone
 };
 
-/// Runs all `threads` (0: usable_cores()) for about `seconds` in all and takes the best pass of each kind. Reads
-/// 512 MiB over and over. Throws MemoryError if they cannot be had.
+/// Runs all `threads` (0: usable_cores()) for about `seconds` in all and takes the best short pass of each kind. Reads
+/// walk round 512 MiB. Throws MemoryError if they cannot be had.
 Roofline measure_roofline(DType dtype, int threads, Isa isa, double seconds);
 
 }  // namespace splitfuse

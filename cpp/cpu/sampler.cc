@@ -209,9 +209,11 @@ class Chooser {
     const int64_t enough = 2 * int64_t{k} + kChunk;
     int64_t count = 0;
     float floor = floor_;
+    bool dropped = false;
     const auto prune = [&] {
       std::nth_element(held, held + k - 1, held + count, before);
       count = k;
+      dropped = true;
       floor = held[k - 1].logit;
     };
     for_each_at_least(
@@ -220,9 +222,8 @@ class Chooser {
           held[count++] = {logits_[id], id};
           if (count == enough) prune();
         });
-    if (count <= k) return;
-    prune();
-    cut_after(held[k - 1]);
+    if (count > k) prune();
+    if (dropped) cut_after(held[k - 1]);
   }
 
   // Keeps the smallest set, in the order of preference, that holds `share` of the weight that is left.

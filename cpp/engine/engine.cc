@@ -72,7 +72,9 @@ std::string Engine::describe() const {
 
 void Engine::close() {
   if (!impl_) return;
-  { Impl::Guard guard(*impl_); }
+  {
+    Impl::Guard guard(*impl_);
+  }
   impl_.reset();
 }
 

@@ -19,7 +19,9 @@ std::string wrong_params(const SamplingParams& params, int32_t vocab) {
   const auto outside = [](const char* name, auto value, const char* expected) {
     return cat(name, " is ", value, ", expected ", expected);
   };
-  const auto within = [](float value, float low, float high) { return value >= low && value <= high; };   // false for NaN
+  const auto within = [](float value, float low, float high) {
+    return value >= low && value <= high;
+  };   // false for NaN
   if (params.max_tokens < 1) return outside("max_tokens", params.max_tokens, "at least 1");
   if (params.min_tokens < 0 || params.min_tokens > params.max_tokens)
     return outside("min_tokens", params.min_tokens, "0 to max_tokens");
@@ -126,8 +128,9 @@ PutResult Engine::Impl::refuse(std::span<const Token> tokens, const SamplingPara
   }
   const int64_t length = int64_t{already} + static_cast<int64_t>(tokens.size()) + params.max_tokens;
   if (length > sizing_.plan.max_model_len) {
-    return {Put::kTooLong, cat("the prompt has ", already + tokens.size(), " tokens and max_tokens is ", params.max_tokens,
-                               ": ", length, " together, more than max_model_len ", sizing_.plan.max_model_len)};
+    return {Put::kTooLong,
+            cat("the prompt has ", already + tokens.size(), " tokens and max_tokens is ", params.max_tokens, ": ",
+                length, " together, more than max_model_len ", sizing_.plan.max_model_len)};
   }
   return {};
 }
@@ -174,7 +177,7 @@ PutResult Engine::Impl::put(SeqId id, std::span<const Token> tokens, const Sampl
   seq.tokens.reserve(seq.tokens.size() + tokens.size() + params.max_tokens);
   seq.tokens.insert(seq.tokens.end(), tokens.begin(), tokens.end());
   seq.prompt = seq.known();
-  seq.reported = next_turn ? std::max(1, seq.computed) : 1;
+  seq.reported = std::max(1, seq.prompt - static_cast<int32_t>(tokens.size()));
   seq.finish = Finish::kNone;
   const size_t blocks = ceil_div<size_t>(seq.tokens.capacity(), config_.block_size);
   seq.blocks.reserve(blocks);
@@ -251,8 +254,10 @@ std::string Engine::Impl::check() const {
     const bool live = seq.finish == Finish::kNone;
     holders += live && !seq.blocks.empty();
     const auto& list = live ? live_ : idle_;
-    if (std::count(list.begin(), list.end(), &seq) != 1) return cat("sequence ", id, " is not in its list exactly once");
-    if (seq.computed < 0 || seq.computed > seq.known()) return cat("sequence ", id, " has computed ", seq.computed, " of ", seq.known());
+    if (std::count(list.begin(), list.end(), &seq) != 1)
+      return cat("sequence ", id, " is not in its list exactly once");
+    if (seq.computed < 0 || seq.computed > seq.known())
+      return cat("sequence ", id, " has computed ", seq.computed, " of ", seq.known());
     if (live && seq.computed == seq.known()) return cat("live sequence ", id, " has nothing to do");
     const auto held = static_cast<int32_t>(seq.blocks.size());
     if (held != ceil_div(seq.computed, config_.block_size)) {

@@ -69,13 +69,12 @@ Sizing size_engine(const ModelConfig& model, const EngineConfig& config, const B
   const AttentionShape one_block = attention_shape(model, config.block_size, 1);
   const int64_t block_bytes = backend.kv_block_bytes(one_block.kv);
   plan.kv_bytes_per_token = block_bytes / config.block_size;
-  plan.workspace = lay_out_workspace(model, backend.dtype(), limits, nullptr).bytes +
-                   backend.scratch_bytes(one_block, limits);
+  plan.workspace =
+      lay_out_workspace(model, backend.dtype(), limits, nullptr).bytes + backend.scratch_bytes(one_block, limits);
   plan.host = BatchBuilder::bytes(limits.max_rows, limits.max_seqs) + limits.max_rows * int64_t{sizeof(SampleResult)};
 
   const int64_t left = plan.available - plan.total();
-  const int64_t kv_bytes =
-      config.kv_bytes > 0 ? config.kv_bytes : default_kv_bytes(model, config, block_bytes, left);
+  const int64_t kv_bytes = config.kv_bytes > 0 ? config.kv_bytes : default_kv_bytes(model, config, block_bytes, left);
   const int64_t blocks = kv_bytes / block_bytes;
   if (blocks < 1) {
     throw MemoryError(cat("a KV pool of ", mebibytes(kv_bytes), " holds no block: one block of ", config.block_size,

@@ -80,8 +80,8 @@ void Engine::Impl::attach_prefix(Sequence& seq) {
 void Engine::Impl::make_views(std::vector<SeqView>& out) {
   out.clear();
   const auto add = [&](const Sequence& seq, int32_t known) {
-    out.push_back({seq.id, known, seq.computed, static_cast<int32_t>(seq.blocks.size()), pool_.shared(seq.blocks),
-                   seq.priority});
+    out.push_back(
+        {seq.id, known, seq.computed, static_cast<int32_t>(seq.blocks.size()), pool_.shared(seq.blocks), seq.priority});
   };
   int32_t holders = holders_;
   int32_t tokens = budget_, slots = sizing_.limits.max_seqs;
@@ -232,8 +232,8 @@ void Engine::Impl::commit_logits(const LogitRow& row, const SampleResult& result
   const auto top_begin = static_cast<int32_t>(output_.top.size());
   output_.top.insert(output_.top.end(), result.top, result.top + result.top_count);
   if (!row.samples) {
-    output_.prompt.push_back({seq.id, row.position + 1, seq.tokens[row.position + 1], result.logprob, top_begin,
-                              result.top_count});
+    output_.prompt.push_back(
+        {seq.id, row.position + 1, seq.tokens[row.position + 1], result.logprob, top_begin, result.top_count});
     seq.reported = row.position + 2;
     return;
   }
@@ -248,6 +248,8 @@ void Engine::Impl::commit_logits(const LogitRow& row, const SampleResult& result
   retire(seq);
   seq.finish = sampled.finish;
   idle_.push_back(&seq);
+  // Its blocks were not published, and a table must lead with those it shares: a next turn begins anew.
+  if (sampled.finish == Finish::kError) drop_blocks(seq);
 }
 
 }  // namespace splitfuse

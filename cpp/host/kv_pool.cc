@@ -7,8 +7,7 @@
 namespace splitfuse {
 
 KvPool::KvPool(int32_t blocks, int32_t block_size, bool prefix_caching)
-    : block_size_(block_size), prefix_caching_(prefix_caching), references_(blocks, 0), links_(blocks),
-      index_(blocks) {
+    : block_size_(block_size), prefix_caching_(prefix_caching), references_(blocks, 0), links_(blocks), index_(blocks) {
   for (BlockId block = 0; block < blocks; ++block) push_back(free_list_, block);
   free_ = blocks;
 }
@@ -92,7 +91,8 @@ BlockId KvPool::publish(BlockId block, const BlockKey& key) {
 }
 
 int32_t KvPool::shared(std::span<const BlockId> table) const {
-  const auto end = std::partition_point(table.begin(), table.end(), [&](BlockId block) { return references_[block] > 1; });
+  const auto end =
+      std::partition_point(table.begin(), table.end(), [&](BlockId block) { return references_[block] > 1; });
   return static_cast<int32_t>(end - table.begin());
 }
 
@@ -110,8 +110,10 @@ std::string KvPool::check(const std::vector<std::span<const BlockId>>& tables) c
     for (BlockId block = list.next; block >= 0; block = links_[block].next) {
       if (seen[block]) return cat("block ", block, " is listed twice");
       seen[block] = 1;
-      if (references_[block] != 0) return cat("block ", block, " is in the ", name, " list with ", references_[block], " references");
-      if (index_.contains(block) != named) return cat("block ", block, " of the ", name, " list: wrong about having a key");
+      if (references_[block] != 0)
+        return cat("block ", block, " is in the ", name, " list with ", references_[block], " references");
+      if (index_.contains(block) != named)
+        return cat("block ", block, " of the ", name, " list: wrong about having a key");
       ++count;
     }
     return count == expected ? std::string() : cat("the ", name, " list has ", count, " blocks, counted ", expected);
@@ -128,7 +130,8 @@ std::string KvPool::check(const std::vector<std::span<const BlockId>>& tables) c
     ++named;
     if (index_.find(index_.key(block)) != block) return cat("the key of block ", block, " does not find it");
   }
-  return named == index_.size() ? std::string() : cat("the prefix index counts ", index_.size(), " keys, blocks have ", named);
+  return named == index_.size() ? std::string()
+                                : cat("the prefix index counts ", index_.size(), " keys, blocks have ", named);
 }
 
 }  // namespace splitfuse

@@ -39,9 +39,7 @@ class Planner {
     return std::max(0, ceil_div(seq.computed + tokens, limits_.block_size) - seq.blocks);
   }
   /// Tokens that fit into the blocks `seq` holds and all free ones.
-  int64_t room(const SeqView& seq) const {
-    return (int64_t{seq.blocks} + free_) * limits_.block_size - seq.computed;
-  }
+  int64_t room(const SeqView& seq) const { return (int64_t{seq.blocks} + free_) * limits_.block_size - seq.computed; }
   void take(const SeqView& seq, int32_t tokens) {
     free_ -= blocks_needed(seq, tokens);
     budget_ -= tokens;
@@ -76,8 +74,7 @@ class Planner {
       if (!is_decode(order_[--prompt_end_])) preempt(order_[prompt_end_]);
     }
     if (i == 0 && room(seq) < 1) preempt_decodes_for_first();
-    const auto tokens = static_cast<int32_t>(
-        std::min<int64_t>({seq.known - seq.computed, budget_, room(seq)}));
+    const auto tokens = static_cast<int32_t>(std::min<int64_t>({seq.known - seq.computed, budget_, room(seq)}));
     if (tokens > 0) take(seq, tokens);
   }
 

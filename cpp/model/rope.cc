@@ -11,8 +11,7 @@ float llama3_scaled(const RopeConfig& rope, float inv_freq) {
   const float wavelength = 2.0f * std::numbers::pi_v<float> / inv_freq;
   if (wavelength < original / rope.high_freq_factor) return inv_freq;
   if (wavelength > original / rope.low_freq_factor) return inv_freq / rope.factor;
-  const float smooth =
-      (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
+  const float smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
   return (1.0f - smooth) * inv_freq / rope.factor + smooth * inv_freq;
 }
 

@@ -6,11 +6,14 @@
 #include <utility>
 
 #include "base/check.h"
+#include "model/safetensors.h"
 
 namespace splitfuse {
 namespace {
 
 constexpr int64_t kAlignment = 64;   // a cache line
+constexpr int64_t kSlabBytes = 8 << 20;
+constexpr int64_t kSlabRows = 128;   // whole panels, of any backend's width
 
 class Placer {
  public:
@@ -37,12 +40,12 @@ class Placer {
 /// Where one tensor goes.
 class TensorLoader {
  public:
-  TensorLoader(const ModelConfig& config, Backend& backend, const DecoderWeights& weights)
-      : config_(config), backend_(backend), weights_(weights) {}
+  TensorLoader(const ModelConfig& config, Backend& backend, WeightSource& source, const DecoderWeights& weights)
+      : config_(config), backend_(backend), source_(source), weights_(weights) {}
 
   void load(const std::string& name, const TensorView& tensor) {
-    if (name == "embed.weight") return backend_.pack(weights_.embed, Rows::kPlain, 0, tensor);
-    if (name == "lm_head.weight") return backend_.pack(weights_.lm_head, Rows::kPlain, 0, tensor);
+    if (name == "embed.weight") return pack(weights_.embed, Rows::kPlain, 0, tensor);
+    if (name == "lm_head.weight") return pack(weights_.lm_head, Rows::kPlain, 0, tensor);
     if (name == "final_norm.weight") return backend_.upload(tensor, weights_.final_norm);
     // "layers.N.part"
     const size_t dot = name.find('.', 7);
@@ -59,7 +62,7 @@ class TensorLoader {
     const std::string matrix = part.substr(0, part.rfind('.'));
     const bool bias = part.ends_with(".bias");
     const auto put = [&](const Linear& linear, Rows which, int32_t row) {
-      bias ? backend_.pack_bias(linear, which, row, tensor) : backend_.pack(linear, which, row, tensor);
+      bias ? backend_.pack_bias(linear, which, row, tensor) : pack(linear, which, row, tensor);
     };
     if (matrix == "attn.q") return put(layer.qkv, Rows::kPlain, 0);
     if (matrix == "attn.k") return put(layer.qkv, Rows::kPlain, q_rows);
@@ -71,16 +74,24 @@ class TensorLoader {
     put(layer.down, Rows::kPlain, 0);
   }
 
+  /// In slabs of rows, each given back once it is packed: an embedding table is never wholly in memory twice.
+  void pack(const Linear& linear, Rows which, int32_t row, const TensorView& tensor) {
+    const int64_t row_bytes = tensor.shape[1] * dtype_size(tensor.dtype);
+    const int64_t slab = round_up(ceil_div(kSlabBytes, row_bytes), kSlabRows);
+    for (int64_t first = 0; first < tensor.shape[0]; first += slab) {
+      TensorView part = tensor;
+      part.shape[0] = std::min(slab, tensor.shape[0] - first);
+      part.data = static_cast<const std::byte*>(tensor.data) + first * row_bytes;
+      backend_.pack(linear, which, row + static_cast<int32_t>(first), part);
+      source_.consumed((first + part.shape[0]) * row_bytes);
+    }
+  }
+
   const ModelConfig& config_;
   Backend& backend_;
+  WeightSource& source_;
   const DecoderWeights& weights_;
 };
-
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += cat(i ? ", " : "", shape[i]);
-  return text + "]";
-}
 
 }  // namespace
 
@@ -121,13 +132,13 @@ void load_weights(const ModelConfig& config, Backend& backend, WeightSource& sou
     for (int64_t extent : shape) elements *= extent;
     total += elements;
   }
-  TensorLoader loader(config, backend, weights);
+  TensorLoader loader(config, backend, source, weights);
   int64_t done = 0;
   for (const auto& [name, shape] : wanted) {
     const TensorView tensor = source.read(name);
     if (tensor.shape != shape) {
-      throw CheckpointError(cat("tensor ", name, " has shape ", shape_text(tensor.shape), ", the configuration asks for ",
-                                shape_text(shape)));
+      throw CheckpointError(cat("tensor ", name, " has shape ", shape_text(tensor.shape),
+                                ", the configuration asks for ", shape_text(shape)));
     }
     loader.load(name, tensor);
     source.release();

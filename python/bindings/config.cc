@@ -40,7 +40,7 @@ namespace {
 
 /// dtype fields are strings in Python.
 template <class T, class Class>
-void def_dtype(Class& type, const char* name, DType T::*field) {
+void def_dtype(Class& type, const char* name, DType T::* field) {
   type.def_property(
       name, [field](const T& self) { return dtype_name(self.*field); },
       [field](T& self, const std::string& value) { self.*field = dtype_from_name(value); });

@@ -124,29 +124,35 @@ void register_output(py::module_& module) {
       .def_property_readonly("logprob", [](const PyPromptLogprob& self) { return self.row.logprob; })
       .def_readonly("top", &PyPromptLogprob::top);
   py::class_<StepOutput>(module, "StepOutput")
-      .def_property_readonly("ids", [](const StepOutput& self) {
-        return column<int64_t>(self.sampled, [](const Sampled& row) { return row.id; });
-      })
-      .def_property_readonly("tokens", [](const StepOutput& self) {
-        return column<int32_t>(self.sampled, [](const Sampled& row) { return row.token; });
-      })
-      .def_property_readonly("finish", [](const StepOutput& self) {
-        return column<uint8_t>(self.sampled, [](const Sampled& row) { return static_cast<uint8_t>(row.finish); });
-      })
-      .def_property_readonly("sampled", [](const StepOutput& self) {
-        py::list list;
-        for (const Sampled& row : self.sampled) {
-          list.append(PySampled{row, top_list(self.top, row.top_begin, row.top_count)});
-        }
-        return list;
-      })
-      .def_property_readonly("prompt", [](const StepOutput& self) {
-        py::list list;
-        for (const PromptLogprob& row : self.prompt) {
-          list.append(PyPromptLogprob{row, top_list(self.top, row.top_begin, row.top_count)});
-        }
-        return list;
-      })
+      .def_property_readonly("ids",
+                             [](const StepOutput& self) {
+                               return column<int64_t>(self.sampled, [](const Sampled& row) { return row.id; });
+                             })
+      .def_property_readonly("tokens",
+                             [](const StepOutput& self) {
+                               return column<int32_t>(self.sampled, [](const Sampled& row) { return row.token; });
+                             })
+      .def_property_readonly("finish",
+                             [](const StepOutput& self) {
+                               return column<uint8_t>(
+                                   self.sampled, [](const Sampled& row) { return static_cast<uint8_t>(row.finish); });
+                             })
+      .def_property_readonly("sampled",
+                             [](const StepOutput& self) {
+                               py::list list;
+                               for (const Sampled& row : self.sampled) {
+                                 list.append(PySampled{row, top_list(self.top, row.top_begin, row.top_count)});
+                               }
+                               return list;
+                             })
+      .def_property_readonly("prompt",
+                             [](const StepOutput& self) {
+                               py::list list;
+                               for (const PromptLogprob& row : self.prompt) {
+                                 list.append(PyPromptLogprob{row, top_list(self.top, row.top_begin, row.top_count)});
+                               }
+                               return list;
+                             })
       .def_property_readonly("chunks", [](const StepOutput& self) { return pairs(self.chunks); })
       .def_readonly("preempted", &StepOutput::preempted)
       .def_readonly("decode_tokens", &StepOutput::decode_tokens)

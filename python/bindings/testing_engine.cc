@@ -116,16 +116,19 @@ void register_engine_testing(py::module_& module) {
       .def_readwrite("fail_after", &Probe::fail_after)
       .def_readwrite("poison_logits", &Probe::poison_logits)
       .def_readwrite("capture", &Probe::capture)
-      .def("take", [](Probe& self) {
-        py::list list;
-        for (const Captured& row : self.captured) {
-          py::array_t<float> logits(static_cast<py::ssize_t>(row.logits.size()));
-          std::memcpy(logits.mutable_data(), row.logits.data(), row.logits.size() * sizeof(float));
-          list.append(py::make_tuple(row.position, logits));
-        }
-        self.captured.clear();
-        return list;
-      }, "[(position, logits [vocab])] in the order they were sampled from, and forgets them.");
+      .def(
+          "take",
+          [](Probe& self) {
+            py::list list;
+            for (const Captured& row : self.captured) {
+              py::array_t<float> logits(static_cast<py::ssize_t>(row.logits.size()));
+              std::memcpy(logits.mutable_data(), row.logits.data(), row.logits.size() * sizeof(float));
+              list.append(py::make_tuple(row.position, logits));
+            }
+            self.captured.clear();
+            return list;
+          },
+          "[(position, logits [vocab])] in the order they were sampled from, and forgets them.");
   testing.def(
       "probed_engine",
       [](const ModelConfig& model, WeightSource& weights, const EngineConfig& config) {

@@ -11,7 +11,8 @@ namespace {
 /// Tensors that Python reads one at a time.
 class CallbackSource : public WeightSource {
  public:
-  CallbackSource(std::vector<std::string> names, py::function read) : names_(std::move(names)), read_(std::move(read)) {}
+  CallbackSource(std::vector<std::string> names, py::function read)
+      : names_(std::move(names)), read_(std::move(read)) {}
   ~CallbackSource() override {
     py::gil_scoped_acquire gil;
     current_ = py::object();
@@ -73,8 +74,9 @@ py::object to_float32(const TensorView& view) {
 void register_weights(py::module_& module) {
   py::class_<WeightSource>(module, "WeightSource")
       .def("names", &WeightSource::names)
-      .def("read", [](WeightSource& self, const std::string& name) { return to_float32(self.read(name)); },
-           py::arg("name"));
+      .def(
+          "read", [](WeightSource& self, const std::string& name) { return to_float32(self.read(name)); },
+          py::arg("name"));
 
   module.def("open_safetensors", &open_safetensors, py::arg("files"), py::arg("names"),
              py::call_guard<py::gil_scoped_release>());
@@ -89,7 +91,8 @@ void register_weights(py::module_& module) {
       [](const std::string& file) {
         const SafetensorsHeader header = read_safetensors_header(file);
         py::list tensors;
-        for (const auto& tensor : header.tensors) tensors.append(py::make_tuple(tensor.name, tensor.dtype, tensor.shape));
+        for (const auto& tensor : header.tensors)
+          tensors.append(py::make_tuple(tensor.name, tensor.dtype, tensor.shape));
         py::dict metadata;
         for (const auto& [key, value] : header.metadata) metadata[py::str(key)] = value;
         return py::make_tuple(tensors, metadata);

@@ -23,7 +23,7 @@ from ._core import (
     StateError,
     StepPlan,
 )
-from ._core import MemoryError as MemoryError  # noqa: A004 (no star import brings it)
+from ._core import MemoryError as MemoryError  # not in __all__: a star import would hide the builtin
 
 if TYPE_CHECKING:
     from .llm import LLM

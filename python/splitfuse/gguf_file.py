@@ -21,6 +21,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _FLOATS: dict[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _MAX_DIMENSIONS = 4
+_AT_ONCE = 1 << 18  # values dequantised at once: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,12 @@ class GgufFile:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
+        kind = GGMLQuantizationType[tensor.kind]
+        values = np.empty((raw.shape[0], tensor.shape[-1]), dtype=np.float32)
+        step = max(1, _AT_ONCE // tensor.shape[-1])
         try:
-            values = dequantize(raw, GGMLQuantizationType[tensor.kind])
+            for row in range(0, raw.shape[0], step):  # the package needs twice the memory of what it is given
+                values[row : row + step] = dequantize(raw[row : row + step], kind)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path}: tensor {tensor.name!r} is {tensor.kind}, "

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from ._core import CheckpointError, ConfigError, Engine, EngineConfig, InvalidArgument, StateError
+from ._core import ConfigError, Engine, EngineConfig, InvalidArgument, StateError
 from ._progress import CountBar, byte_bar, on_terminal
 from .request import Delta, NotFinite, Request, RequestOutput, SamplingParams
 from .scheduler import Scheduler
@@ -147,12 +147,8 @@ class LLM:
             self.engine = Engine(loaded.config, loaded.weights, config, progress=progress)
         say(self.engine.describe())
         self.name: str = loaded.name
-        self.tokenizer: Tokenizer | None = None
+        self.tokenizer: Tokenizer | None = loaded.tokenizer
         """None if the model came without one: it takes and gives token ids alone."""
-        try:
-            self.tokenizer = loaded.tokenizer
-        except CheckpointError as error:
-            _log.warning("%s; text in and out is not possible", error)
         self.generation_config: Mapping[str, Any] = loaded.generation_config
         self.scheduler = Scheduler(self.engine, self.tokenizer)
         self.scheduler.start()

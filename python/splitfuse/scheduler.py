@@ -225,8 +225,8 @@ class Scheduler:
 
     def _dispatch(self, output: _core.StepOutput) -> None:
         ids, tokens, quiet = output.ids.tolist(), output.tokens.tolist(), self._quiet
-        for sequence, token in zip(ids, tokens, strict=True):
-            if keep := quiet.get(sequence):
+        for keep, token in zip(map(quiet.get, ids), tokens, strict=True):
+            if keep is not None:
                 keep(token)
         if len(quiet) < len(self._live):
             self._dispatch_prompt_logprobs(output)

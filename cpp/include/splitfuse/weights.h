@@ -51,9 +51,8 @@ class WeightSource {
 /// (canonical name, name in the files); tensors of the files that are not named are left alone.
 /// Throws CheckpointError on a missing, truncated or corrupt file, overlapping tensors, a name in
 /// two shards, a named tensor that is absent, or a dtype that is not float32, bfloat16 or float16.
-std::unique_ptr<WeightSource> open_safetensors(
-    const std::vector<std::string>& files,
-    const std::vector<std::pair<std::string, std::string>>& names);
+std::unique_ptr<WeightSource> open_safetensors(const std::vector<std::string>& files,
+                                               const std::vector<std::pair<std::string, std::string>>& names);
 
 /// What one safetensors file says of itself, tensors not read.
 struct SafetensorsHeader {
