@@ -310,8 +310,8 @@ def test_layers_and_blocks_are_apart(dtype: str, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_rotation_is_that_of_exact_positions(isa: str) -> None:
-    """Far positions, by a sequence that claims its past was computed: with one visible key the output is its value,
-    so the keys of the past are made equal and only the rotation tells them apart."""
+    """Far positions, without computing the past: it was never written, so its keys score zero and its values add
+    nothing, and all that matters is how the last rows turn against each other."""
     model = Model(1, 1, 64)
     cache = Cache(model, "float32", isa, blocks=300)
     table = cache.table(9000)

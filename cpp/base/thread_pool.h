@@ -38,5 +38,4 @@ class ThreadPool {
   std::vector<std::thread> workers_;
 };
 
-
 }  // namespace splitfuse

@@ -65,7 +65,8 @@ struct Attend {
   // within a page of 4 KiB only.
   static inline void prefetch_keys(const Tile& tile, int column) {
     const char* at = tile.next_keys[column];
-    for (int d = 0; d < tile.head_dim; d += 3 - F::kPairRows, at += tile.key_bytes) __builtin_prefetch(at, 0, 2);
+    const int rows = tile.head_dim * F::kPairRows / 2;
+    for (int i = 0; i < rows; ++i, at += tile.key_bytes) __builtin_prefetch(at, 0, 2);
   }
   static inline void prefetch_values(const Tile& tile, int column) {
     const char* at = tile.values[column];
@@ -134,7 +135,7 @@ struct Attend {
     for (int pair = begin; pair < end;) {
       const char* at = columns[pair / kPairs] + offset + (pair % kPairs) * pair_bytes;
       const int stop = least(end, (pair / kPairs + 1) * kPairs);
-      if (pair / kPairs < tile.next) prefetch_keys(tile, pair / kPairs);
+      if (offset == 0 && pair / kPairs < tile.next) prefetch_keys(tile, pair / kPairs);
       for (; pair < stop; ++pair, at += pair_bytes) {
 #pragma GCC unroll 2
         for (int step = 0; step < F::kSteps; ++step) {
@@ -359,9 +360,10 @@ struct Attend {
     tile.key_bytes = item.layout.block_size * 4;
     tile.value_bytes = tile.padded_dim * 4;
     tile.scale = item.scale;
-    tile.fetch = rows <= kRows;
+    const bool few = rows <= 4 * kRows;
     reset(item, state);
     for (int begin = index * kAttentionSegment; begin < past; begin += kTile) {
+      tile.fetch = few;
       find_columns(item, begin, known, tile);
       for (int row = 0; row < rows; row += kRows) {
         const int count = least(kRows, rows - row);
@@ -373,6 +375,8 @@ struct Attend {
         if (keys[count - 1] == 0) continue;
         tile_group(tile, q + row * tile.head_dim, count, keys, state.m + row, state.l + row,
                    state.o + static_cast<int64_t>(row) * tile.padded_dim);
+        tile.fetch = false;   // the first rows fetched for all
+        tile.next = 0;
       }
     }
   }

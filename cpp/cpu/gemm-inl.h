@@ -15,7 +15,6 @@ struct F32Format {
   using Weight = float;
   using Out = float;  // of gated linears
   static constexpr int32_t kPerStep = 1;
-  static constexpr int32_t kInPerStep = 1;
 
   template <int R, int C>
   [[gnu::always_inline]] static void step(const In* in, int64_t stride, const Weight* panel, Vec::Reg (&sums)[R][C]) {
@@ -37,7 +36,6 @@ struct WideBf16Format {
   using Weight = uint16_t;
   using Out = uint16_t;
   static constexpr int32_t kPerStep = 2;
-  static constexpr int32_t kInPerStep = 2;
 
   template <int R, int C>
   [[gnu::always_inline]] static void step(const In* in, int64_t stride, const Weight* panel, Vec::Reg (&sums)[R][C]) {
@@ -145,7 +143,6 @@ struct Block {
   int64_t stride;
   const typename Format::Weight* panel;
   int32_t steps;
-  int64_t ahead;  // bytes from what is multiplied to what is fetched
   bool from_zero;  // or from where the sums stand
   float* sums;  // [rows][W]
 };
@@ -172,17 +169,16 @@ void micro(const Block<Format>& block) {
   const typename Format::In* in = block.in;
   const typename Format::Weight* panel = block.panel;
   const int64_t stride = block.stride;
-  const int64_t ahead = block.ahead;
   const int32_t steps = block.steps;
 #pragma GCC unroll 1
   for (int32_t s = 0; s < steps; ++s) {
-    const auto* fetched = reinterpret_cast<const char*>(panel) + ahead;
+    const auto* fetched = reinterpret_cast<const char*>(panel) + kAheadBytes;
 #pragma GCC unroll 8
     for (size_t i = 0; i < Format::kPerStep * W * sizeof(typename Format::Weight); i += kLineBytes) {
       __builtin_prefetch(fetched + i);
     }
     Format::template step<R, C>(in, stride, panel, acc);
-    in += Format::kInPerStep;
+    in += Format::kPerStep;
     panel += Format::kPerStep * W;
   }
 #pragma GCC unroll 16
@@ -228,7 +224,7 @@ void multiply(const GemmTask& task) {
   using In = typename Format::In;
   using Weight = typename Format::Weight;
   const int32_t steps = (task.depth + Format::kPerStep - 1) / Format::kPerStep;
-  constexpr int32_t kBlockSteps = kDepthBytes / (Format::kInPerStep * int32_t{sizeof(In)});
+  constexpr int32_t kBlockSteps = kDepthBytes / (Format::kPerStep * int32_t{sizeof(In)});
   const int32_t blocks = (steps + kBlockSteps - 1) / kBlockSteps;
   const int32_t block_steps = (steps + blocks - 1) / blocks;
   const int32_t tiles = (task.rows + R - 1) / R;
@@ -244,11 +240,8 @@ void multiply(const GemmTask& task) {
       for (int32_t tile = 0; tile < tiles; ++tile) {  // of equal size, give or take a row
         const int32_t row = static_cast<int32_t>(int64_t{tile} * task.rows / tiles);
         const int32_t rows = static_cast<int32_t>(int64_t{tile + 1} * task.rows / tiles) - row;
-        block.in = static_cast<const In*>(task.in) + row * task.in_stride + int64_t{begin} * Format::kInPerStep;
+        block.in = static_cast<const In*>(task.in) + row * task.in_stride + int64_t{begin} * Format::kPerStep;
         block.sums = task.sums + (blocks > 1 ? row * W : 0);
-        // The last of many tiles, which finds this block in the cache, fetches the one that follows.
-        const bool fetch_next = tile > 0 && tile + 1 == tiles;
-        block.ahead = fetch_next ? block.steps * kStepWeights * int64_t{sizeof(Weight)} : kAheadBytes;
         micro_rows<Format, R, C>(rows, block);
         if (begin + block.steps == steps) finish<Format, R, W>(task, p, row, rows, block.sums);
       }

@@ -32,7 +32,6 @@ struct Bf16Format {
   using Weight = uint16_t;
   using Out = uint16_t;
   static constexpr int32_t kPerStep = 2;
-  static constexpr int32_t kInPerStep = 2;
 
   template <int R, int C>
   [[gnu::always_inline]] static void step(const In* in, int64_t stride, const Weight* panel, Vec::Reg (&sums)[R][C]) {

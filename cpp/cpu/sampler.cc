@@ -15,6 +15,8 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Logits are looked at in chunks of this many: sums are kept per chunk, finds are few at a time.
 constexpr int32_t kChunk = 1024;
+// Parts that top_p sorts weights into.
+constexpr int32_t kBuckets = 1024;
 
 struct Candidate {
   float logit;
@@ -30,13 +32,14 @@ struct Scratch {
   int32_t* touched;        // [vocab]
   Candidate* candidates;   // [vocab]
   double* sums;            // [chunks]
+  double* buckets;         // [kBuckets]
   float* weights;          // [kChunk]
   int32_t* found;          // [kChunk]
 
   static int64_t bytes(int64_t vocab) {
     const int64_t row = round_up(vocab, int64_t{16});
     return row * int64_t{3 * sizeof(float) + sizeof(Candidate)} +
-           round_up(ceil_div<int64_t>(vocab, kChunk), int64_t{16}) * int64_t{sizeof(double)} +
+           (round_up(ceil_div<int64_t>(vocab, kChunk), int64_t{16}) + kBuckets) * int64_t{sizeof(double)} +
            kChunk * int64_t{sizeof(float) + sizeof(int32_t)};
   }
 
@@ -51,6 +54,7 @@ struct Scratch {
     take(touched, row);
     take(candidates, row);
     take(sums, round_up(ceil_div<int64_t>(vocab, kChunk), int64_t{16}));
+    take(buckets, kBuckets);
     take(weights, kChunk);
     take(found, kChunk);
   }
@@ -115,7 +119,7 @@ class Chooser {
 
   void report_top(int32_t count, double log_total, SampleResult& result) {
     count = std::min({count, kMaxLogprobs, vocab_});
-    if (count == 0) return;
+    if (count <= 0) return;
     Candidate best[kMaxLogprobs];
     int32_t held = 0;
     for_each_at_least(
@@ -231,17 +235,50 @@ class Chooser {
     const double target = share * total();
     const float floor = floor_;
     // Look among the likeliest first: weights of at least e^-4, e^-8, e^-16, then all.
-    for (const double depth : {4.0, 8.0, 16.0, std::numeric_limits<double>::infinity()}) {
+    int depth = 4;
+    for (; depth <= 16; depth *= 2) {
       floor_ = std::max(floor, static_cast<float>(max_ - depth / scale));
       if (floor_ == floor || total() >= target) break;
     }
-    Candidate* const held = scratch_.candidates;
-    int32_t count = 0;
-    for_each_at_least(0, [&] { return floor_; }, [&](int32_t id) { held[count++] = {logits_[id], id}; });
+    if (depth > 16) floor_ = floor;
 
-    // Halves the range that the last one kept is in.
-    constexpr int32_t kFew = 32;
+    // Weigh them by how deep below the maximum they lie, and look closer only where the sum passes the target.
+    const double buckets_per_logit = scale * kBuckets / depth;
+    const auto bucket_of = [&](int32_t id) {
+      return static_cast<int32_t>(std::min<double>((max_ - logits_[id]) * buckets_per_logit, kBuckets - 1));
+    };
+    std::fill_n(scratch_.buckets, kBuckets, 0.0);
+    for (int32_t begin = 0; begin < vocab_; begin += kChunk) {
+      const int32_t count = std::min(kChunk, vocab_ - begin);
+      kernels_.weigh(logits_ + begin, count, max_, scale_, floor_, scratch_.weights);
+      const int32_t found = kernels_.find(logits_ + begin, count, floor_, scratch_.found);
+      for (int32_t i = 0; i < found; ++i) {
+        const int32_t at = scratch_.found[i];
+        scratch_.buckets[bucket_of(begin + at)] += static_cast<double>(scratch_.weights[at]);
+      }
+    }
     double missing = target;
+    int32_t bucket = 0;
+    int32_t used = 0;   // the last bucket with any weight: rounding may carry the target past them all
+    for (; bucket < kBuckets; ++bucket) {
+      if (scratch_.buckets[bucket] == 0.0) continue;
+      used = bucket;
+      if (scratch_.buckets[bucket] >= missing) break;
+      missing -= scratch_.buckets[bucket];
+    }
+    int32_t count = 0;
+    for_each_at_least(
+        0, [&] { return floor_; },
+        [&](int32_t id) {
+          if (bucket_of(id) == used) scratch_.candidates[count++] = {logits_[id], id};
+        });
+    cut_after(
+        last_kept(scratch_.candidates, count, bucket == used ? missing : std::numeric_limits<double>::infinity()));
+  }
+
+  // The candidate, in the order of preference, with which the sum of weights reaches `missing`; else the last.
+  Candidate last_kept(Candidate* held, int32_t count, double missing) const {
+    constexpr int32_t kFew = 32;
     int32_t begin = 0;
     int32_t end = count;
     while (end - begin > kFew) {
@@ -262,7 +299,7 @@ class Chooser {
       missing -= weight(held[last]);
       if (missing <= 0.0) break;
     }
-    cut_after(held[last]);
+    return held[last];
   }
 
   double weight(const Candidate& candidate) const { return std::exp2((candidate.logit - max_) * scale_); }

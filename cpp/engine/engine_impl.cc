@@ -69,7 +69,7 @@ Engine::Impl::Impl(const ModelConfig& model, WeightSource& weights, const Engine
   sample_rows_.reserve(limits.max_logit_rows);
   results_.resize(limits.max_rows);
   rows_.reserve(limits.max_logit_rows);
-  reserved_.reserve(limits.max_seqs);
+  scheduled_.reserve(limits.max_seqs);
   plan_.chunks.reserve(limits.max_seqs);
   output_.sampled.reserve(limits.max_seqs);
   output_.prompt.reserve(limits.max_rows);
@@ -150,6 +150,7 @@ Sequence& Engine::Impl::add_sequence(SeqId id) {
   reserve(live_);
   reserve(idle_);
   reserve(views_);
+  reserve(viewed_);
   reserve(named_, sizing_.limits.max_seqs);
   reserve(tables_);
   reserve(plan_.preempt);
@@ -240,6 +241,7 @@ Limits Engine::Impl::limits() const {
 
 Limits Engine::Impl::view(std::vector<SeqView>& out) {
   make_views(out);
+  count_shared(out);
   return limits();
 }
 

@@ -52,6 +52,13 @@ class Engine::Impl {
   };
 
  private:
+  /// A chunk of the step that runs.
+  struct Scheduled {
+    Sequence* seq;
+    int32_t tokens;
+    int32_t blocks_before;   // in its table before the step reserved more
+  };
+
   PutResult refuse(std::span<const Token> tokens, const SamplingParams& params, int32_t already) const;
   Sequence& find(SeqId id) const;
   Sequence& add_sequence(SeqId id);
@@ -62,14 +69,16 @@ class Engine::Impl {
   Limits limits() const;
   void attach_prefix(Sequence& seq);
   void make_views(std::vector<SeqView>& out);
+  void count_shared(std::vector<SeqView>& views) const;
   void check_plan(const StepPlan& plan);
+  Sequence& find_near(SeqId id, size_t& next) const;
   void drop_blocks(Sequence& seq);
   void reserve(const StepPlan& plan);
   void unreserve();
   void run();
   void choose();
-  void commit(const StepPlan& plan);
-  void commit_chunk(Sequence& seq, int32_t tokens);
+  void commit();
+  void commit_chunk(const Scheduled& chunk);
   void commit_logits(const LogitRow& row, const SampleResult& result);
   Finish finish_of(const Sequence& seq, Token token) const;
 
@@ -93,12 +102,13 @@ class Engine::Impl {
 
   // One step's state, reserved at construction or at put().
   std::vector<SeqView> views_;
+  std::vector<Sequence*> viewed_;  // behind each of the last views
   StepPlan plan_;
   BatchBuilder builder_;
   std::vector<SampleRow> sample_rows_;
   std::vector<SampleResult> results_;
   std::vector<int32_t> rows_;
-  std::vector<std::pair<Sequence*, int32_t>> reserved_;   // whose block table grew in this step, and its size before
+  std::vector<Scheduled> scheduled_;   // the plan's chunks
   std::vector<SeqId> named_;                              // by a caller's plan
   std::vector<std::span<const BlockId>> tables_;          // of the sequences it preempts
   StepOutput output_;

@@ -14,8 +14,6 @@ double microseconds(Clock::time_point begin, Clock::time_point end) {
   return std::chrono::duration<double, std::micro>(end - begin).count();
 }
 
-bool is_decode(const Sequence& seq) { return seq.computed > 0 && seq.todo() == 1; }
-
 }  // namespace
 
 const StepOutput& Engine::Impl::step(const StepPlan* plan) {
@@ -30,8 +28,12 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
 
   if (plan) {
     check_plan(*plan);
+    viewed_.clear();
   } else {
     make_views(views_);
+    // What sequences share matters only to a planner that may have to preempt.
+    const int32_t most_needed = sizing_.limits.max_seqs + budget_ / config_.block_size;
+    if (pool_.available() < most_needed) count_shared(views_);
     plan_splitfuse(views_, limits(), plan_);
     plan = &plan_;
   }
@@ -52,7 +54,7 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
     throw;
   }
   const auto ran = Clock::now();
-  commit(*plan);
+  commit();
   output_.forward_us = microseconds(planned, ran);
   output_.host_us = microseconds(begin, planned) + microseconds(ran, Clock::now());
   return output_;
@@ -79,9 +81,10 @@ void Engine::Impl::attach_prefix(Sequence& seq) {
 /// the finished ones, as victims.
 void Engine::Impl::make_views(std::vector<SeqView>& out) {
   out.clear();
-  const auto add = [&](const Sequence& seq, int32_t known) {
-    out.push_back(
-        {seq.id, known, seq.computed, static_cast<int32_t>(seq.blocks.size()), pool_.shared(seq.blocks), seq.priority});
+  viewed_.clear();
+  const auto add = [&](Sequence& seq, int32_t known) {
+    out.push_back({seq.id, known, seq.computed, static_cast<int32_t>(seq.blocks.size()), 0, seq.priority});
+    viewed_.push_back(&seq);
   };
   int32_t holders = holders_;
   int32_t tokens = budget_, slots = sizing_.limits.max_seqs;
@@ -100,9 +103,13 @@ void Engine::Impl::make_views(std::vector<SeqView>& out) {
     --slots;
     add(*seq, seq->known());
   }
-  for (const Sequence* seq : idle_) {
+  for (Sequence* seq : idle_) {
     if (!seq->blocks.empty()) add(*seq, seq->computed);
   }
+}
+
+void Engine::Impl::count_shared(std::vector<SeqView>& views) const {
+  for (size_t i = 0; i < views.size(); ++i) views[i].shared = pool_.shared(viewed_[i]->blocks);
 }
 
 void Engine::Impl::check_plan(const StepPlan& plan) {
@@ -144,14 +151,26 @@ void Engine::Impl::drop_blocks(Sequence& seq) {
   if (seq.finish == Finish::kNone) --holders_;
 }
 
+/// Our own plan names sequences in the order of their views, twice over: decodes, then the others. So a walk finds
+/// them without a look into the table of all sequences; a caller's plan may have any order.
+Sequence& Engine::Impl::find_near(SeqId id, size_t& next) const {
+  for (size_t looked = 0; looked < viewed_.size(); ++looked) {
+    if (next == viewed_.size()) next = 0;
+    Sequence* seq = viewed_[next++];
+    if (seq->id == id) return *seq;
+  }
+  return find(id);
+}
+
 void Engine::Impl::reserve(const StepPlan& plan) {
   builder_.clear();
-  reserved_.clear();
+  scheduled_.clear();
+  size_t next = 0;
   for (const Chunk& chunk : plan.chunks) {
-    Sequence& seq = find(chunk.id);
+    Sequence& seq = find_near(chunk.id, next);
     const auto before = static_cast<int32_t>(seq.blocks.size());
     const int32_t more = ceil_div(seq.computed + chunk.tokens, config_.block_size) - before;
-    reserved_.emplace_back(&seq, before);
+    scheduled_.push_back({&seq, chunk.tokens, before});
     const bool enough = pool_.allocate(more, seq.blocks);
     SPLITFUSE_ASSERT(enough);
     if (before == 0) ++holders_;
@@ -160,7 +179,7 @@ void Engine::Impl::reserve(const StepPlan& plan) {
 }
 
 void Engine::Impl::unreserve() {
-  for (const auto& [seq, before] : reserved_) {
+  for (const auto& [seq, tokens, before] : scheduled_) {
     pool_.release(std::span<const BlockId>(seq->blocks).subspan(before));
     seq->blocks.resize(before);
     if (before == 0) --holders_;
@@ -196,25 +215,30 @@ void Engine::Impl::choose() {
   }
 }
 
-void Engine::Impl::commit(const StepPlan& plan) {
-  for (const Chunk& chunk : plan.chunks) {
-    const Sequence& seq = find(chunk.id);
-    (is_decode(seq) ? output_.decode_tokens : output_.prefill_tokens) += chunk.tokens;
-    output_.chunks.push_back(chunk);
-  }
-  // A sequence whose logits were not finite ends here, before its blocks could be published.
+void Engine::Impl::commit() {
+  // A sequence whose logits were not finite ends here, before its blocks could be published. The forward has driven
+  // everything out of the caches: asked for together here, the lines come back while others are waited for.
   const auto& wanted = builder_.logit_rows();
   for (size_t i = 0; i < wanted.size(); ++i) {
-    if (wanted[i].samples && results_[i].token < 0) wanted[i].seq->finish = Finish::kError;
+    Sequence& seq = *wanted[i].seq;
+    if (wanted[i].samples && results_[i].token < 0) seq.finish = Finish::kError;
+    __builtin_prefetch(seq.tokens.data() + seq.tokens.size(), 1);
+    __builtin_prefetch(seq.stop_ids.data());
+    __builtin_prefetch(&seq.blocks);
   }
-  for (const Chunk& chunk : plan.chunks) commit_chunk(find(chunk.id), chunk.tokens);
+  for (const Scheduled& chunk : scheduled_) commit_chunk(chunk);
   for (size_t i = 0; i < wanted.size(); ++i) commit_logits(wanted[i], results_[i]);
 }
 
-void Engine::Impl::commit_chunk(Sequence& seq, int32_t tokens) {
+void Engine::Impl::commit_chunk(const Scheduled& chunk) {
+  Sequence& seq = *chunk.seq;
+  const bool decode = seq.computed > 0 && seq.known() - seq.computed == 1;
+  (decode ? output_.decode_tokens : output_.prefill_tokens) += chunk.tokens;
+  output_.chunks.push_back({seq.id, chunk.tokens});
   const int32_t full_before = seq.computed / config_.block_size;
-  seq.computed += tokens;
+  seq.computed += chunk.tokens;
   if (!pool_.prefix_caching() || seq.finish == Finish::kError) return;
+  if (seq.computed / config_.block_size == full_before) return;
   const auto keys = seq.keys_to(seq.computed, config_.block_size, keyer_);
   for (auto i = static_cast<size_t>(full_before); i < keys.size(); ++i) {
     seq.blocks[i] = pool_.publish(seq.blocks[i], keys[i]);

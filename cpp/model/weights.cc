@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kAlignment = 64;   // a cache line
 constexpr int64_t kSlabBytes = 8 << 20;
-constexpr int64_t kSlabRows = 128;   // whole panels, of any backend's width
+constexpr int64_t kSlabRows = 96;   // whole panels of 16, 32 or 48 rows
 
 class Placer {
  public:

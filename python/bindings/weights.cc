@@ -13,7 +13,8 @@ class CallbackSource : public WeightSource {
  public:
   CallbackSource(std::vector<std::string> names, py::function read)
       : names_(std::move(names)), read_(std::move(read)) {}
-  ~CallbackSource() override {
+  // The interpreter is alive: taking its lock does not throw.
+  ~CallbackSource() override {  // NOLINT(bugprone-exception-escape)
     py::gil_scoped_acquire gil;
     current_ = py::object();
     read_ = py::function();
