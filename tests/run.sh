@@ -71,20 +71,17 @@ configure() {  # configure NAME [cmake arguments]: a build tree at build/NAME
     { cat "build/$name.log" >&2; return 1; }
 }
 
-sanitized() {  # sanitized NAME SANITIZERS LABEL: builds and runs the C++ tests of that label
+sanitized() {  # sanitized NAME SANITIZERS LABEL [TARGET...]: builds and runs the C++ tests of that label
   configure "$1" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPLITFUSE_SANITIZE="$2"
-  cmake --build "build/$1" -j "$jobs"
+  cmake --build "build/$1" -j "$jobs" --target "${@:4}"
   # gcc's thread sanitizer cannot live with every layout of randomised addresses.
   local fixed=()
   setarch -R true 2>/dev/null && fixed=(setarch -R)
   "${fixed[@]}" ctest --test-dir "build/$1" --no-tests=error -L "$3"
-  for report in "build/$1"/reports/*.xml; do
-    cp "$report" "$reports/$1-$(basename "$report")"
-  done
 }
 
-stage_cpp() { sanitized asan "address;undefined" unit; }
-stage_threads() { sanitized tsan thread threads; }
+stage_cpp() { sanitized asan "address;undefined" unit all; }
+stage_threads() { sanitized tsan thread threads thread_pool_test engine_test; }
 stage_fuzz() { build/asan/tests/cpp/fuzz_safetensors --seconds 60; }
 
 # ---- Python, on the installed wheel
@@ -102,21 +99,20 @@ stage_isas() {  # the other rungs of the ladder; what no kernel touches ran abov
 # ---- all of it
 
 count() {  # prints "N passed, N failed"; $1: stages that failed
-  "$python" - "$reports" "$1" <<'PY'
+  "$python" - "$1" <<'PY'
 import pathlib
 import sys
 import xml.etree.ElementTree as xml
 
 total = bad = skipped = 0
-for report in pathlib.Path(sys.argv[1]).glob("*.xml"):
-    root = xml.parse(report).getroot()
-    suites = root.iter("testsuite")
-    for suite in suites:
+build = pathlib.Path("build")
+for report in [*build.glob("reports/*.xml"), *build.glob("*/reports/*.xml")]:
+    for suite in xml.parse(report).getroot().iter("testsuite"):
         total += int(suite.get("tests", 0))
         bad += int(suite.get("failures", 0)) + int(suite.get("errors", 0))
         skipped += int(suite.get("skipped", 0)) + int(suite.get("disabled", 0))
 good = total - bad - skipped
-print(f"{good} passed, {max(bad, int(sys.argv[2]))} failed" + (f", {skipped} skipped" if skipped else ""))
+print(f"{good} passed, {max(bad, int(sys.argv[1]))} failed" + (f", {skipped} skipped" if skipped else ""))
 PY
 }
 
@@ -127,7 +123,7 @@ main() {
     [[ " ${stages[*]} " == *" $stage "* ]] || fail "no stage '$stage'; there are: ${stages[*]}"
   done
   mkdir -p build
-  rm -rf "$reports"
+  rm -rf "$reports" build/*/reports
   mkdir -p "$reports"
   for stage in "${chosen[@]}"; do
     echo "== $stage"

@@ -41,11 +41,12 @@ void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::fre
 #else
 // The C library's allocator, with a count before: what libraries and operator new call, in every thread.
 extern "C" {
-void* __libc_malloc(size_t bytes);  // NOLINT(bugprone-reserved-identifier,readability-identifier-naming)
-void* __libc_calloc(size_t count, size_t bytes);  // NOLINT(bugprone-reserved-identifier,readability-identifier-naming)
-void* __libc_realloc(void* memory, size_t bytes);  // NOLINT(bugprone-reserved-identifier,readability-identifier-naming)
-void* __libc_memalign(size_t alignment,
-                      size_t bytes);  // NOLINT(bugprone-reserved-identifier,readability-identifier-naming)
+// NOLINTBEGIN(bugprone-reserved-identifier,readability-identifier-naming)
+void* __libc_malloc(size_t bytes);
+void* __libc_calloc(size_t count, size_t bytes);
+void* __libc_realloc(void* memory, size_t bytes);
+void* __libc_memalign(size_t alignment, size_t bytes);
+// NOLINTEND(bugprone-reserved-identifier,readability-identifier-naming)
 
 void* malloc(size_t bytes) {
   count();

@@ -566,6 +566,7 @@ TEST(Engine, LogitsThatAreNotFiniteEndOneSequenceAlone) {
   EXPECT_EQ(out.sampled[0].finish, Finish::kError);
   EXPECT_EQ(out.sampled[0].token, -1);
   EXPECT_EQ(engine.query(1).finish, Finish::kError);
+  EXPECT_EQ(engine.query(1).blocks, 0);
   Tokens survivor = {out.sampled[1].token};
   const Tokens rest = run(engine)[2];
   survivor.insert(survivor.end(), rest.begin(), rest.end());

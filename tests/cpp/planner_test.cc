@@ -153,6 +153,11 @@ TEST(Planner, PreemptingFreesOnlyBlocksThatNobodyShares) {
   EXPECT_EQ(plan(views, limits), (StepPlan{{{1, 1}}, {3, 2}}));
 }
 
+TEST(Planner, SoItIsWhereTheFirstIsAPrompt) {
+  const std::vector<SeqView> views = {view(1, 40, 16), view(2, 40, 16, 1), view(3, 40, 16, 1)};
+  EXPECT_EQ(plan(views, {64, 8, 0, 2, kBlock}), (StepPlan{{{1, kBlock}}, {3, 2}}));
+}
+
 TEST(Planner, ABlockSharedWithTheFirstIsNotFreed) {
   // Both hold block A; 2 holds B alone.
   const std::vector<SeqView> views = {view(1, 17, 16, 1), view(2, 90, 32, 1)};
