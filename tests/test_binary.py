@@ -15,6 +15,8 @@ PACKAGE = Path(splitfuse._core.__file__).parent
 LIBRARY = PACKAGE / "lib/libsplitfuse.so.0"
 ISA_OBJECT = re.compile(r"_(avx2|avx512|avx512_bf16)\.cc\.o$")
 WIDE_REGISTER = re.compile(r"%[yzt]mm\d")
+SOURCES = native.ROOT / "python/splitfuse"
+HEADERS = native.ROOT / "cpp/include"
 MAX_WHEEL_BYTES = 6_000_000
 
 
@@ -75,6 +77,21 @@ def test_files_of_an_instruction_set_leave_nothing_the_linker_may_share():
     assert {
         file.name: symbols for file in isa_objects if (symbols := weak.findall(native.run("nm", "-C", file)))
     } == {}
+
+
+def test_installed_package_holds_every_file():
+    sources = {
+        str(file.relative_to(SOURCES))
+        for kind in ("*.py", "*.pyi", "py.typed")
+        for file in SOURCES.rglob(kind)
+    }
+    headers = {str(file.relative_to(HEADERS)) for file in HEADERS.rglob("*.h")}
+    assert sources
+    assert headers
+    installed = {str(file) for file in importlib.metadata.distribution("splitfuse").files or []}
+    assert {f"splitfuse/{file}" for file in sources} | {
+        f"splitfuse/include/{file}" for file in headers
+    } <= installed
 
 
 def test_installed_package_is_small_and_needs_no_torch():

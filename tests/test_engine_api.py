@@ -496,3 +496,114 @@ def test_the_engine_says_what_it_runs_on(model: Path) -> None:
         assert word in text
     assert "\n" not in text
     assert run.engine.model_config == loader.load(model).config
+
+
+# ---- Many hands on one engine
+
+
+def test_looking_disturbs_nobody(model: Path) -> None:
+    """A look from another thread may be refused while the engine works, but never has the owner refused."""
+    run = Run(model)
+    stop = threading.Event()
+    looks = [0, 0]
+
+    def look(which: int) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(_core.StateError):
+                run.engine.has_work()
+            assert run.engine.memory_plan.total > 0
+            run.engine.describe()
+            looks[which] += 1
+
+    threads = [threading.Thread(target=look, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for id in range(200):
+            run.put(id, random_tokens(id, 5), max_tokens=2, ignore_eos=True)
+            run.finish_all()
+            run.engine.flush(id)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert min(looks) > 0
+    assert run.engine.query().used_blocks == 0
+
+
+def test_closing_under_somebodys_eyes(model: Path) -> None:
+    for seed in range(20):
+        run = Run(model)
+        refused = threading.Event()
+
+        def look(run: Run = run, refused: threading.Event = refused) -> None:
+            while not refused.is_set():
+                try:
+                    run.engine.has_work()
+                except _core.StateError as error:
+                    if "closed" in str(error):
+                        refused.set()
+
+        threads = [threading.Thread(target=look) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        run.put(0, random_tokens(seed, 5))
+        run.engine.close()
+        for thread in threads:
+            thread.join()
+        assert refused.is_set()
+
+
+# ---- Small print
+
+
+def test_a_next_turn_keeps_its_salt(model: Path) -> None:
+    run = Run(model)
+    run.put(0, random_tokens(1, 20), max_tokens=2, ignore_eos=True, cache_salt="a")
+    run.finish_all()
+    with pytest.raises(_core.InvalidArgument, match="cache_salt"):
+        run.put(0, [1, 2], max_tokens=2, cache_salt="b")
+    run.put(0, [1, 2], max_tokens=2, ignore_eos=True, cache_salt="a")
+    run.finish_all()
+    run.put(0, [3], max_tokens=2, ignore_eos=True)
+    run.finish_all()
+
+
+def test_cached_tokens_are_reported_after_a_view(model: Path) -> None:
+    run = Run(model)
+    prompt = random_tokens(2, 50)
+    run.put(0, prompt, max_tokens=1)
+    run.finish_all()
+    run.put(1, prompt, max_tokens=1)
+    run.engine.view()
+    assert run.engine.step().cached_tokens == 48
+
+
+def test_a_prompt_that_waits_is_looked_up_once(model: Path) -> None:
+    run = Run(model, max_sequences=1)
+    run.put(0, random_tokens(1, 20), max_tokens=10, ignore_eos=True)
+    run.put(1, random_tokens(2, 30), max_tokens=1)
+    run.finish_all()
+    assert run.engine.query().prefix_queries == 50
+
+
+def test_a_measured_budget_holds_every_sequence(model: Path) -> None:
+    engine = Run(model, token_budget=0, max_sequences=200, max_model_len=90).engine
+    capacity = engine.query()
+    assert capacity.max_sequences == 200
+    assert 200 <= capacity.token_budget <= 512
+
+
+@pytest.mark.parametrize("tokens", [[2**40], [-(2**40)], np.array([2**40]), "abc", [1.5], [None], 5, None])
+def test_what_is_no_prompt_is_said_so(model: Path, tokens: Any) -> None:
+    with pytest.raises(_core.InvalidArgument, match="prompt"):
+        Run(model).engine.put(0, tokens)
+
+
+def test_big_endian_weights_are_refused(model: Path) -> None:
+    loaded = loader.load(model)
+    source = _core.callback_source(
+        loaded.weights.names(), lambda name: loaded.weights.read(name).astype(">f4")
+    )
+    with pytest.raises(_core.CheckpointError, match="big-endian"):
+        _core.Engine(loaded.config, source, engine_config(model))

@@ -172,13 +172,16 @@ def test_an_id_that_ended_in_an_error_may_go_on(model: Path) -> None:
     assert [view.shared for view in views] == [4, 4]
 
 
-def test_poison_in_a_prompts_log_probabilities_is_harmless(model: Path) -> None:
-    """The row speaks of a token that is known already."""
-    prompt = random_tokens(3, 30)
-    calm = Run(model).answer(0, prompt, **PARAMS)
+def test_poison_in_a_prompts_log_probabilities_ends_that_sequence_alone(model: Path) -> None:
+    """A log-probability that cannot be told is not told wrong."""
+    prompt, other = random_tokens(3, 30), random_tokens(4, 12)
+    calm = Run(model).answer(1, other, **PARAMS)
     run = Run(model)
     run.put(0, prompt, prompt_logprobs=0, **PARAMS)
+    run.put(1, other, **PARAMS)
     run.probe.poison_logits = True
     run.finish_all()
-    assert run.tokens[0] == calm
-    assert [row.position for row in run.prompt[0]] == list(range(1, 30))
+    assert run.finish[0] == "error"
+    assert [row.token for row in run.sampled[0]] == [-1]
+    assert run.prompt[0] == []
+    assert run.tokens[1] == calm

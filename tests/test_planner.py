@@ -55,6 +55,8 @@ class Rule:
 
     def serve_prompt(self, seq: SeqView) -> None:
         victims = [other for other in self.behind(seq) if not is_decode(other)]
+        while self.room(seq) < min(to_do(seq), self.budget) and victims and not to_do(victims[-1]):
+            self.step_aside(victims.pop())
         if seq is self.order[0]:
             victims = [other for other in self.behind(seq) if is_decode(other)] + victims
         self.make_room(seq, victims)

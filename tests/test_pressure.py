@@ -248,3 +248,16 @@ def test_a_victim_frees_no_block_that_another_has_just_attached(model: Path) -> 
     run.finish_all()
     for id, prompt in prompts.items():
         assert run.tokens[id] == Run(model).answer(id, prompt, max_tokens=8, ignore_eos=True)
+
+
+def test_finished_sequences_make_room_for_whole_chunks(model: Path) -> None:
+    """The longest finished go first."""
+    run = Run(model, blocks=32, token_budget=256)
+    for id in range(30):
+        run.put(id, random_tokens(id, 12), max_tokens=1, ignore_eos=True)
+    run.finish_all()
+    run.put(99, random_tokens(99, 400), max_tokens=1, ignore_eos=True)
+    output = run.engine.step()
+    assert output.chunks == [(99, 256)]
+    assert output.preempted == list(range(len(output.preempted)))
+    assert run.engine.step().chunks == [(99, 144)]

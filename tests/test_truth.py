@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from engines import ISAS, Run, log_softmax, random_tokens, reference, reference_logits
+from engines import ISAS, Run, random_tokens, reference, reference_logits
 
 pytestmark = pytest.mark.machine_independent  # each test names its instruction set
 every_isa = pytest.mark.parametrize("isa", ISAS)
@@ -107,36 +107,34 @@ def prompts(path: Path) -> list[list[int]]:
 
 
 @functools.cache
-def greedy_reference(path: Path) -> np.ndarray:
-    """[prompts, NEW_TOKENS] token ids, by transformers in float32 with its KV cache."""
+def greedy_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """transformers in float32, with its KV cache: token ids [prompts, NEW_TOKENS], and the logits [prompts,
+    tokens, vocab] of every position of prompts and answers; row i speaks of token i + 1."""
+    logits, chosen = [], []
     with torch.inference_mode():
-        ids = torch.tensor(prompts(path))
-        cache, chosen = None, []
+        ids, cache = torch.tensor(prompts(path)), None
         for _ in range(NEW_TOKENS):
             out = reference(path)(ids, past_key_values=cache, use_cache=True)
             cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            logits.append(out.logits)
             chosen.append(ids)
-    return torch.cat(chosen, 1).numpy()
+    return torch.cat(chosen, 1).numpy(), torch.cat(logits, 1).numpy()
 
 
 @every_isa
-def test_greedy_tokens_of_smollm2(smollm2: Path, isa: str) -> None:
+def test_greedy_tokens_and_logits_of_smollm2(smollm2: Path, isa: str) -> None:
     count, new = (8, NEW_TOKENS) if isa != "ref" else (2, 16)  # the scalar kernels are there to be read
-    run = Run(smollm2, isa=isa, threads=2, token_budget=64)
+    tokens, logits = greedy_reference(smollm2)
+    run = Run(smollm2, capture=True, isa=isa, threads=2, token_budget=64)
     for id, prompt in enumerate(prompts(smollm2)[:count]):
-        run.put(id, prompt, max_tokens=new, ignore_eos=True)
+        run.put(id, prompt, max_tokens=new, ignore_eos=True, prompt_logprobs=0)
     run.finish_all()
-    assert [run.tokens[id] for id in range(count)] == greedy_reference(smollm2)[:count, :new].tolist()
-
-
-@every_isa
-def test_logits_of_smollm2(smollm2: Path, isa: str) -> None:
-    """At every position of the prompts and of what was made of them."""
-    count, new = (8, NEW_TOKENS) if isa != "ref" else (1, 16)
-    for prompt, answer in zip(prompts(smollm2)[:count], greedy_reference(smollm2), strict=False):
-        tokens = [*prompt, *answer[:new].tolist()]
-        ours = all_logits(smollm2, tokens, isa=isa, threads=2, token_budget=512)
-        assert worst(ours, reference_logits(smollm2, tokens)) <= RELATIVE
+    assert [run.tokens[id] for id in range(count)] == tokens[:count, :new].tolist()
+    for id in range(count):
+        positions = sorted(run.logits[id])
+        assert positions == list(range(1, len(prompts(smollm2)[id]) + new))
+        ours = np.stack([run.logits[id][position] for position in positions])
+        assert worst(ours, logits[id, : len(positions)]) <= RELATIVE
 
 
 # ---- bfloat16
@@ -153,30 +151,34 @@ def text_windows(path: Path) -> list[list[int]]:
     return [ids[i * stride : i * stride + WINDOW] for i in range(WINDOWS)]
 
 
-def divergence(truth: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Kullback-Leibler divergence of each position, in nats."""
-    p, q = log_softmax(truth), log_softmax(other)
-    return (np.exp(p) * (p - q)).sum(-1)
+@functools.cache
+def log_probabilities(path: Path, window: int) -> torch.Tensor:
+    """[WINDOW, vocab], by transformers in float32."""
+    return torch.log_softmax(torch.from_numpy(reference_logits(path, text_windows(path)[window])), -1)
+
+
+def divergence(path: Path, window: int, logits: np.ndarray) -> np.ndarray:
+    """Kullback-Leibler divergence from the truth, in nats, of each of the window's first positions."""
+    truth = log_probabilities(path, window)[: len(logits)].double()
+    other = torch.log_softmax(torch.from_numpy(logits).double(), -1)
+    return (truth.exp() * (truth - other)).sum(-1).numpy()
 
 
 @functools.cache
-def divergences(path: Path) -> list[np.ndarray]:
-    """Of transformers' own bfloat16 from float32, a window each."""
-    return [
-        divergence(reference_logits(path, window), reference_logits(path, window, "bfloat16"))
-        for window in text_windows(path)
-    ]
+def their_divergence(path: Path, window: int) -> np.ndarray:
+    """Of transformers' own bfloat16."""
+    return divergence(path, window, reference_logits(path, text_windows(path)[window], "bfloat16"))
 
 
 @every_isa
 def test_bfloat16_is_as_near_to_the_truth_as_transformers(smollm2: Path, isa: str) -> None:
     windows, length = (WINDOWS, WINDOW) if isa != "ref" else (2, 60)
     ours, theirs = [], []
-    for window, their_divergence in zip(text_windows(smollm2)[:windows], divergences(smollm2), strict=False):
-        tokens = window[:length]
+    for window in range(windows):
+        tokens = text_windows(smollm2)[window][:length]
         logits = all_logits(smollm2, tokens, isa=isa, dtype="bfloat16", threads=2, token_budget=256)
-        ours.append(divergence(reference_logits(smollm2, tokens), logits))
-        theirs.append(their_divergence[:length])
-    assert sum(map(len, ours)) == windows * length
-    assert np.mean(np.concatenate(theirs)) > 0
-    assert np.mean(np.concatenate(ours)) <= 1.1 * np.mean(np.concatenate(theirs))
+        ours += divergence(smollm2, window, logits).tolist()
+        theirs += their_divergence(smollm2, window)[:length].tolist()
+    assert len(ours) == windows * length
+    assert np.mean(theirs) > 0
+    assert np.mean(ours) <= 1.1 * np.mean(theirs)

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
+#include <limits>
 
 #include "base/check.h"
 
@@ -19,18 +19,19 @@ std::string wrong_params(const SamplingParams& params, int32_t vocab) {
   const auto outside = [](const char* name, auto value, const char* expected) {
     return cat(name, " is ", value, ", expected ", expected);
   };
+  constexpr float kLargest = std::numeric_limits<float>::max();
   const auto within = [](float value, float low, float high) {
     return value >= low && value <= high;
   };   // false for NaN
   if (params.max_tokens < 1) return outside("max_tokens", params.max_tokens, "at least 1");
   if (params.min_tokens < 0 || params.min_tokens > params.max_tokens)
     return outside("min_tokens", params.min_tokens, "0 to max_tokens");
-  if (!within(params.temperature, 0.0f, 1e6f)) return outside("temperature", params.temperature, "0 to 1e6");
+  if (!within(params.temperature, 0.0f, kLargest)) return outside("temperature", params.temperature, "0 or more");
   if (!(params.top_p > 0.0f && params.top_p <= 1.0f)) return outside("top_p", params.top_p, "above 0, up to 1");
   if (params.top_k < 0) return outside("top_k", params.top_k, "0 (all) or more");
   if (!within(params.min_p, 0.0f, 1.0f)) return outside("min_p", params.min_p, "0 to 1");
-  if (!(params.repetition_penalty > 0.0f && params.repetition_penalty <= 1e6f))
-    return outside("repetition_penalty", params.repetition_penalty, "above 0, up to 1e6");
+  if (!(params.repetition_penalty > 0.0f && params.repetition_penalty <= kLargest))
+    return outside("repetition_penalty", params.repetition_penalty, "more than 0");
   if (!within(params.presence_penalty, -2.0f, 2.0f))
     return outside("presence_penalty", params.presence_penalty, "-2 to 2");
   if (!within(params.frequency_penalty, -2.0f, 2.0f))
@@ -42,7 +43,7 @@ std::string wrong_params(const SamplingParams& params, int32_t vocab) {
   const std::string ids = cat("token ids from 0 to ", vocab - 1);
   for (const auto& [token, bias] : params.logit_bias) {
     if (token < 0 || token >= vocab) return outside("a token of logit_bias", token, ids.c_str());
-    if (!within(bias, -1e6f, 1e6f)) return outside("a value of logit_bias", bias, "-1e6 to 1e6");
+    if (!within(bias, -kLargest, kLargest)) return outside("a value of logit_bias", bias, "a finite number");
   }
   for (Token token : params.stop_token_ids) {
     if (token < 0 || token >= vocab) return outside("one of stop_token_ids", token, ids.c_str());
@@ -79,20 +80,30 @@ Engine::Impl::Impl(const ModelConfig& model, WeightSource& weights, const Engine
 }
 
 /// The smallest budget whose throughput is within 5 % of the best: latency grows with the tokens of a forward,
-/// throughput soon does not (FastGen's second observation).
+/// throughput soon does not (FastGen's second observation). Never below the sequences of a forward, or decodes would
+/// wait for each other.
 int32_t Engine::Impl::measure_budget() {
   using Clock = std::chrono::steady_clock;
-  constexpr int kLayers = 4;   // more than one, so that weights come from memory as in a real forward
-  const int32_t largest = std::min(sizing_.limits.max_rows, sizing_.plan.max_model_len);
+  constexpr int kLayers = 4;  // more than one, so that weights come from memory as in a real forward
+  const int32_t block_size = config_.block_size;
+  const int32_t largest = sizing_.limits.max_rows;
+  const int32_t longest = std::min(largest, sizing_.plan.max_model_len);
+  const int32_t seq_blocks = ceil_div(longest, block_size);
   std::vector<Token> tokens(largest, 0);
   std::vector<int32_t> positions(largest), table(pool_.total());
-  for (int32_t i = 0; i < largest; ++i) positions[i] = i;
+  for (int32_t i = 0; i < largest; ++i) positions[i] = i % longest;
   for (int32_t i = 0; i < pool_.total(); ++i) table[i] = i;
+  // As many sequences as the rows need, each with KV blocks of its own; a pool too small for that bounds the rows.
+  const int32_t most_rows = std::min(largest, pool_.total() / seq_blocks * longest);
   std::vector<std::pair<int32_t, double>> rates;
   double best = 0;
-  for (int32_t rows = largest; rows >= 64; rows /= 2) {
-    const RaggedSeq seq{0, rows, 0, table.data()};
-    const RaggedBatch batch{std::span(tokens).first(rows), std::span(positions).first(rows), {&seq, 1}, {}};
+  for (int32_t rows = most_rows; rows >= std::min(64, most_rows); rows /= 2) {
+    std::vector<RaggedSeq> seqs;
+    for (int32_t begin = 0; begin < rows; begin += longest) {
+      const int32_t* blocks = table.data() + begin / longest * seq_blocks;
+      seqs.push_back({begin, std::min(longest, rows - begin), 0, blocks});
+    }
+    const RaggedBatch batch{std::span(tokens).first(rows), std::span(positions).first(rows), seqs, {}};
     double fastest = 1e30;
     for (int repeat = 0; repeat < 2; ++repeat) {
       const auto begin = Clock::now();
@@ -102,17 +113,11 @@ int32_t Engine::Impl::measure_budget() {
     rates.emplace_back(rows, rows / fastest);
     best = std::max(best, rates.back().second);
   }
-  int32_t budget = sizing_.limits.max_rows;
+  int32_t budget = largest;
   for (const auto& [rows, rate] : rates) {
     if (rate >= 0.95 * best) budget = rows;
   }
-  return budget;
-}
-
-Engine::Impl::Guard::Guard(const Impl& impl) : busy_(impl.busy_) {
-  if (busy_.test_and_set(std::memory_order_acquire)) {
-    throw StateError("the engine is in use by another thread: an Engine has one owner");
-  }
+  return std::max(budget, sizing_.limits.max_seqs);
 }
 
 PutResult Engine::Impl::refuse(std::span<const Token> tokens, const SamplingParams& params, int32_t already) const {
@@ -169,9 +174,13 @@ PutResult Engine::Impl::put(SeqId id, std::span<const Token> tokens, const Sampl
   }
   PutResult result = refuse(tokens, params, next_turn ? known->second->known() : 0);
   if (!result) return result;
+  const BlockKey root = keyer_.root(salt);
+  if (next_turn && !salt.empty() && !(root == known->second->root)) {
+    return {Put::kBadParams, cat("sequence ", id, " has another cache_salt; a next turn keeps it")};
+  }
   Sequence& seq = next_turn ? *known->second : add_sequence(id);
   if (next_turn) std::erase(idle_, &seq);
-  if (!next_turn) seq.root = keyer_.root(salt);
+  if (!next_turn) seq.root = root;
   seq.priority = priority;
   seq.arrival = arrivals_++;
   seq.params = params;
@@ -180,6 +189,7 @@ PutResult Engine::Impl::put(SeqId id, std::span<const Token> tokens, const Sampl
   seq.prompt = seq.known();
   seq.reported = std::max(1, seq.prompt - static_cast<int32_t>(tokens.size()));
   seq.finish = Finish::kNone;
+  seq.looked_up = seq.computed > 0;
   const size_t blocks = ceil_div<size_t>(seq.tokens.capacity(), config_.block_size);
   seq.blocks.reserve(blocks);
   seq.keys.reserve(blocks);

@@ -1,7 +1,6 @@
 // The engine behind splitfuse/engine.h.
 #pragma once
 
-#include <atomic>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -39,18 +38,6 @@ class Engine::Impl {
   /// Empty if every count, list and block table agrees; else what is wrong. For tests.
   std::string check() const;
 
-  /// Throws StateError if another call is running.
-  class Guard {
-   public:
-    explicit Guard(const Impl& impl);
-    ~Guard() { busy_.clear(std::memory_order_release); }
-    Guard(const Guard&) = delete;
-    Guard& operator=(const Guard&) = delete;
-
-   private:
-    std::atomic_flag& busy_;
-  };
-
  private:
   /// A chunk of the step that runs.
   struct Scheduled {
@@ -80,6 +67,7 @@ class Engine::Impl {
   void commit();
   void commit_chunk(const Scheduled& chunk);
   void commit_logits(const LogitRow& row, const SampleResult& result);
+  void finish(Sequence& seq, const Sampled& last);
   Finish finish_of(const Sequence& seq, Token token) const;
 
   ModelConfig model_;
@@ -99,6 +87,7 @@ class Engine::Impl {
   uint64_t arrivals_ = 0;
   int32_t budget_ = 0;
   int64_t prefix_queries_ = 0, prefix_hits_ = 0;
+  int32_t attached_tokens_ = 0;  // taken from the prefix cache since the last step
 
   // One step's state, reserved at construction or at put().
   std::vector<SeqView> views_;
@@ -112,8 +101,6 @@ class Engine::Impl {
   std::vector<SeqId> named_;                              // by a caller's plan
   std::vector<std::span<const BlockId>> tables_;          // of the sequences it preempts
   StepOutput output_;
-
-  mutable std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
 };
 
 /// For tests: engines on a given backend, and what is inside.

@@ -24,13 +24,12 @@ std::string mebibytes(int64_t bytes) {
 }
 
 /// KV bytes where the caller left them open: 1 GiB, or one longest sequence if that is more; never more than all
-/// sequences could use, nor, if the longest sequence was left open too, than half of what is left.
+/// sequences could use, nor than half of what is left, unless one sequence of the length asked for needs it.
 int64_t default_kv_bytes(const ModelConfig& model, const EngineConfig& config, int64_t block_bytes, int64_t left) {
   const int32_t longest = config.max_model_len > 0 ? config.max_model_len : model.max_position;
   const int64_t one = ceil_div<int64_t>(longest, config.block_size) * block_bytes;
-  int64_t bytes = std::min(std::max(kDefaultKvBytes, one), one * config.max_sequences);
-  if (config.max_model_len == 0) bytes = std::min(bytes, std::max<int64_t>(left / 2, block_bytes));
-  return bytes;
+  const int64_t wanted = std::min(std::max(kDefaultKvBytes, one), one * config.max_sequences);
+  return std::min(wanted, std::max(left / 2, config.max_model_len > 0 ? one : block_bytes));
 }
 
 }  // namespace
@@ -71,7 +70,8 @@ Sizing size_engine(const ModelConfig& model, const EngineConfig& config, const B
   plan.kv_bytes_per_token = block_bytes / config.block_size;
   plan.workspace =
       lay_out_workspace(model, backend.dtype(), limits, nullptr).bytes + backend.scratch_bytes(one_block, limits);
-  plan.host = BatchBuilder::bytes(limits.max_rows, limits.max_seqs) + limits.max_rows * int64_t{sizeof(SampleResult)};
+  const int64_t output_row = sizeof(SampleResult) + sizeof(PromptLogprob) + kMaxLogprobs * sizeof(TokenLogprob);
+  plan.host = BatchBuilder::bytes(limits.max_rows, limits.max_seqs) + limits.max_rows * output_row;
 
   const int64_t left = plan.available - plan.total();
   const int64_t kv_bytes = config.kv_bytes > 0 ? config.kv_bytes : default_kv_bytes(model, config, block_bytes, left);

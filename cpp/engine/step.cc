@@ -1,6 +1,7 @@
 // One step: plan, reserve, build, forward, sample, commit. A failure before commit leaves every sequence as it was.
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "base/check.h"
 #include "engine/engine_impl.h"
@@ -23,7 +24,7 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
   output_.top.clear();
   output_.chunks.clear();
   output_.preempted.clear();
-  output_.decode_tokens = output_.prefill_tokens = output_.cached_tokens = 0;
+  output_.decode_tokens = output_.prefill_tokens = 0;
   output_.host_us = output_.forward_us = 0;
 
   if (plan) {
@@ -37,6 +38,7 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
     plan_splitfuse(views_, limits(), plan_);
     plan = &plan_;
   }
+  output_.cached_tokens = std::exchange(attached_tokens_, 0);
   // Preemption is a change of its own: it costs a recomputation, never a token, so it is not undone.
   for (SeqId id : plan->preempt) {
     Sequence& seq = find(id);
@@ -66,19 +68,15 @@ void Engine::Impl::attach_prefix(Sequence& seq) {
   if (!pool_.prefix_caching() || seq.computed > 0 || seq.wants_prompt_logprobs()) return;
   const auto keys = seq.keys_to(seq.known() - 1, config_.block_size, keyer_);
   const int32_t found = pool_.match(keys);
-  if (seq.preemptions == 0) {
-    prefix_queries_ += seq.known();
-    prefix_hits_ += found * config_.block_size;
-  }
   if (found == 0) return;
   pool_.share(keys.first(found), seq.blocks);
   seq.computed = found * config_.block_size;
-  output_.cached_tokens += seq.computed;
+  attached_tokens_ += seq.computed;
   ++holders_;
 }
 
 /// Every sequence that holds blocks, and as many waiting ones as the budget could take, in service order; then
-/// the finished ones, as victims.
+/// the finished ones, as victims, longest finished last: victims are taken from the back.
 void Engine::Impl::make_views(std::vector<SeqView>& out) {
   out.clear();
   viewed_.clear();
@@ -103,8 +101,8 @@ void Engine::Impl::make_views(std::vector<SeqView>& out) {
     --slots;
     add(*seq, seq->known());
   }
-  for (Sequence* seq : idle_) {
-    if (!seq->blocks.empty()) add(*seq, seq->computed);
+  for (auto seq = idle_.rbegin(); seq != idle_.rend(); ++seq) {
+    if (!(*seq)->blocks.empty()) add(**seq, (*seq)->computed);
   }
 }
 
@@ -175,6 +173,10 @@ void Engine::Impl::reserve(const StepPlan& plan) {
     SPLITFUSE_ASSERT(enough);
     if (before == 0) ++holders_;
     builder_.add(seq, chunk.tokens);
+    if (!std::exchange(seq.looked_up, true) && pool_.prefix_caching() && !seq.wants_prompt_logprobs()) {
+      prefix_queries_ += seq.known();
+      prefix_hits_ += seq.computed;
+    }
   }
 }
 
@@ -221,13 +223,20 @@ void Engine::Impl::commit() {
   const auto& wanted = builder_.logit_rows();
   for (size_t i = 0; i < wanted.size(); ++i) {
     Sequence& seq = *wanted[i].seq;
-    if (wanted[i].samples && results_[i].token < 0) seq.finish = Finish::kError;
+    if (results_[i].token < 0) seq.finish = Finish::kError;
     __builtin_prefetch(seq.tokens.data() + seq.tokens.size(), 1);
     __builtin_prefetch(seq.stop_ids.data());
     __builtin_prefetch(&seq.blocks);
   }
   for (const Scheduled& chunk : scheduled_) commit_chunk(chunk);
-  for (size_t i = 0; i < wanted.size(); ++i) commit_logits(wanted[i], results_[i]);
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    Sequence& seq = *wanted[i].seq;
+    if (seq.finish == Finish::kNone) {
+      commit_logits(wanted[i], results_[i]);
+    } else if (i == 0 || wanted[i - 1].seq != &seq) {  // its rows are adjacent
+      finish(seq, {seq.id, -1, Finish::kError});
+    }
+  }
 }
 
 void Engine::Impl::commit_chunk(const Scheduled& chunk) {
@@ -261,19 +270,23 @@ void Engine::Impl::commit_logits(const LogitRow& row, const SampleResult& result
     seq.reported = row.position + 2;
     return;
   }
-  Sampled sampled{seq.id, result.token, Finish::kError, result.logprob, top_begin, result.top_count};
-  // Out of live_ while its place there can still be found.
-  if (result.token >= 0) {
-    seq.tokens.push_back(result.token);
-    sampled.finish = finish_of(seq, result.token);
+  seq.tokens.push_back(result.token);
+  const Sampled sampled{seq.id,         result.token, finish_of(seq, result.token),
+                        result.logprob, top_begin,    result.top_count};
+  if (sampled.finish == Finish::kNone) {
+    output_.sampled.push_back(sampled);
+  } else {
+    finish(seq, sampled);
   }
-  output_.sampled.push_back(sampled);
-  if (sampled.finish == Finish::kNone) return;
+}
+
+void Engine::Impl::finish(Sequence& seq, const Sampled& last) {
+  output_.sampled.push_back(last);
   retire(seq);
-  seq.finish = sampled.finish;
+  seq.finish = last.finish;
   idle_.push_back(&seq);
   // Its blocks were not published, and a table must lead with those it shares: a next turn begins anew.
-  if (sampled.finish == Finish::kError) drop_blocks(seq);
+  if (last.finish == Finish::kError) drop_blocks(seq);
 }
 
 }  // namespace splitfuse

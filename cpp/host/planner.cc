@@ -9,6 +9,7 @@ namespace splitfuse {
 namespace {
 
 bool is_decode(const SeqView& seq) { return seq.known - seq.computed == 1 && seq.computed > 0; }
+bool is_idle(const SeqView& seq) { return seq.known == seq.computed; }
 
 /// One call's working state. Victims are always taken from the back of the order, so who has been
 /// preempted is told by two marks instead of a flag per sequence.
@@ -70,11 +71,18 @@ class Planner {
 
   void plan_prompt(size_t i) {
     const SeqView& seq = order_[i];
+    const int32_t wanted = std::min(seq.known - seq.computed, budget_);
+    while (room(seq) < wanted && prompt_end_ > i + 1) {
+      const SeqView& last = order_[prompt_end_ - 1];
+      if (!is_idle(last) && !is_decode(last)) break;
+      --prompt_end_;
+      if (is_idle(last)) preempt(last);
+    }
     while (room(seq) < 1 && prompt_end_ > i + 1) {
       if (!is_decode(order_[--prompt_end_])) preempt(order_[prompt_end_]);
     }
     if (i == 0 && room(seq) < 1) preempt_decodes_for_first();
-    const auto tokens = static_cast<int32_t>(std::min<int64_t>({seq.known - seq.computed, budget_, room(seq)}));
+    const auto tokens = static_cast<int32_t>(std::min<int64_t>(wanted, room(seq)));
     if (tokens > 0) take(seq, tokens);
   }
 

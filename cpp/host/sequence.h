@@ -28,6 +28,7 @@ struct Sequence {
   BlockKey root;                      // names the cache salt
   std::vector<BlockKey> keys;         // of the leading full blocks of `tokens`
   int32_t preemptions = 0;
+  bool looked_up = false;  // its prompt counts in the prefix cache's statistics already
   Finish finish = Finish::kNone;
 
   int32_t known() const { return static_cast<int32_t>(tokens.size()); }

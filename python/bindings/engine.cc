@@ -46,6 +46,14 @@ struct PyPromptLogprob {
   py::list top;
 };
 
+Token to_token(int64_t id, size_t index) {
+  if (id < std::numeric_limits<Token>::min() || id > std::numeric_limits<Token>::max()) {
+    throw InvalidArgument("token " + std::to_string(index) + " of the prompt is " + std::to_string(id) +
+                          ", no vocabulary has such an id");
+  }
+  return static_cast<Token>(id);
+}
+
 /// Ids from any sequence of integers, or from an integer array.
 std::vector<Token> tokens_from(const py::object& object) {
   if (py::isinstance<py::array>(object)) {
@@ -55,12 +63,19 @@ std::vector<Token> tokens_from(const py::object& object) {
     if (!wide || wide.ndim() != 1) throw InvalidArgument("the prompt is an array that is not one-dimensional");
     std::vector<Token> tokens(static_cast<size_t>(wide.size()));
     for (size_t i = 0; i < tokens.size(); ++i) {
-      const int64_t id = wide.data()[i];
-      tokens[i] = id < 0 || id > std::numeric_limits<Token>::max() ? -1 : static_cast<Token>(id);
+      tokens[i] = to_token(wide.data()[i], i);
     }
     return tokens;
   }
-  return object.cast<std::vector<Token>>();
+  try {
+    const auto wide = object.cast<std::vector<int64_t>>();
+    std::vector<Token> tokens(wide.size());
+    for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = to_token(wide[i], i);
+    return tokens;
+  } catch (const py::cast_error&) {
+    throw InvalidArgument("the prompt must be a sequence of token ids, not " +
+                          py::repr(object).cast<std::string>().substr(0, 80));
+  }
 }
 
 void register_plan(py::module_& module) {
@@ -233,6 +248,7 @@ void register_engine(py::module_& module) {
               py::gil_scoped_release release;
               return StepOutput(self.step());
             }
+            if (!py::isinstance<StepPlan>(plan)) throw InvalidArgument("plan must be a StepPlan or None");
             const auto& given = plan.cast<const StepPlan&>();
             py::gil_scoped_release release;
             return StepOutput(self.step(given));
@@ -254,7 +270,7 @@ void register_engine(py::module_& module) {
       .def("has_work", &Engine::has_work, Unlock())
       .def("flush", &Engine::flush, py::arg("id"), Unlock())
       .def("close", &Engine::close, Unlock())
-      .def("describe", &Engine::describe)
+      .def("describe", &Engine::describe, Unlock())
       .def_property_readonly("memory_plan", &Engine::memory_plan, py::return_value_policy::copy)
       .def_property_readonly("model_config", &Engine::model_config, py::return_value_policy::copy);
   module.def("plan_memory", &plan_memory, py::arg("model"), py::arg("config"), Unlock());

@@ -33,6 +33,8 @@ class CallbackSource : public WeightSource {
       throw CheckpointError("tensor " + name + ": expected a C-contiguous array");
     }
     TensorView view;
+    if (array.dtype().byteorder() == '>')
+      throw CheckpointError("tensor " + name + " is big-endian, expected native order");
     const char kind = array.dtype().kind();
     if (kind == 'f' && array.itemsize() == 4) {
       view.dtype = DType::kF32;

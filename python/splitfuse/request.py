@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _FLOAT32_MAX = 3.4028234663852886e38
 _FLOAT32_TINY = 1.1754943508222875e-38
+MAX_ANSWERS = 1024  # to one prompt: they take room in the engine all at once
 _INT32_MAX = 2**31 - 1
 
 
@@ -76,7 +77,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "n", _integer("n", self.n, 1))
+        put(self, "n", _integer("n", self.n, 1, MAX_ANSWERS))
         if self.max_tokens is not None:
             put(self, "max_tokens", _integer("max_tokens", self.max_tokens, 1))
         put(self, "min_tokens", _integer("min_tokens", self.min_tokens, 0))
@@ -211,6 +212,11 @@ def check_request(
         raise InvalidArgument(
             f"a prompt of {len(ids)} tokens{asked} exceeds the context of {max_model_len} tokens: shorten "
             "it, lower max_tokens (None takes what is left), or raise max_model_len"
+        )
+    if params.min_tokens > max_model_len - len(ids):
+        raise InvalidArgument(
+            f"min_tokens is {params.min_tokens}, but after a prompt of {len(ids)} tokens the context of "
+            f"{max_model_len} tokens leaves {max_model_len - len(ids)}"
         )
     tokens: list[int] = ids.tolist()
     return tokens

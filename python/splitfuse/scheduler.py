@@ -185,7 +185,7 @@ class Scheduler:
                     heapq.heappop(self._queue)
                 if not self._queue:
                     return
-                if len(self._live) >= self._room and self._queue[0][0] >= max(self._priorities):
+                if len(self._live) >= self._room and self._queue[0][0] >= min(self._priorities):
                     return
                 request = heapq.heappop(self._queue)[2]
                 self._dequeue(request)
@@ -220,7 +220,7 @@ class Scheduler:
             self._live[sequence] = request, answer
             self._priorities[request.priority] += 1
             probed = params.logprobs is not None or params.prompt_logprobs is not None
-            if not (streamed or params.stop or probed or request._begun < params.n):
+            if not (streamed or params.stop or probed or (index == 0 and params.n > 1)):
                 self._quiet[sequence] = answer.token_ids.append
 
     def _dispatch(self, output: _core.StepOutput) -> None:

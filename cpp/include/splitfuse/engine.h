@@ -102,7 +102,7 @@ struct Progress {
   Finish finish = Finish::kNone;
 };
 
-/// Every byte the engine will ever use.
+/// Every byte the engine will ever use, but for the token ids and tables of the sequences that are put.
 struct MemoryPlan {
   int64_t weights = 0;
   int64_t kv_pool = 0;
@@ -118,8 +118,9 @@ struct MemoryPlan {
   std::string to_string() const;
 };
 
-/// A model, its KV pool and its sequences. One owner thread: a call from a second thread while one
-/// runs throws StateError. Move-only.
+/// A model, its KV pool and its sequences. One owner thread: put, step, view, flush or close from a second thread
+/// while one of them runs throws StateError, as does query. What never changes may be asked for at any time.
+/// Move-only.
 class Engine {
  public:
   /// Reads the weights, packs them and takes all memory. Throws ConfigError, CheckpointError, or
@@ -130,8 +131,8 @@ class Engine {
   Engine& operator=(Engine&&) noexcept;
 
   /// Queues a sequence; the next step may run it. An id whose sequence is finished goes on with
-  /// `tokens` as its next turn, its keys and values kept. `priority`: lower is served first.
-  /// Sequences of different `cache_salt` never share cached prefixes.
+  /// `tokens` as its next turn, its keys and values kept; `cache_salt` is then empty or what it was. `priority`: lower
+  /// is served first. Sequences of different `cache_salt` never share cached prefixes.
   PutResult put(SeqId id, std::span<const Token> tokens, const SamplingParams& params = {}, int32_t priority = 0,
                 const std::string& cache_salt = {});
 
@@ -162,10 +163,12 @@ class Engine {
   void close();
 
   class Impl;
+  struct Gate;
 
  private:
   friend struct EngineAccess;
   explicit Engine(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Gate> gate_;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -53,7 +53,8 @@ struct StepPlan {
 /// none. Any other sequence takes a shorter chunk; if it could not advance at all it preempts those
 /// behind it that are not decodes, and the first in order preempts anyone. So the first in order always
 /// advances unless decodes alone fill the budget.
-/// Sequences with nothing to do (known == computed) are only victims.
+/// Sequences with nothing to do (known == computed) are only victims, and where they are last in order they make room
+/// for whole chunks.
 /// Pure: no clock, no state; allocates nothing once `out` has capacity. O(sequences).
 void plan_splitfuse(std::span<const SeqView> in_order, const Limits& limits, StepPlan& out);
 
