@@ -26,7 +26,7 @@ a small model that is fetched and kept at first use."""
 
 _EXAMPLES = """\
 examples:
-  splitfuse chat demo "What is a KV cache?"
+  splitfuse chat demo "What is the capital of France?" --temperature 0
   splitfuse generate demo "Once upon a time" --max-tokens 64 --temperature 0
   splitfuse info demo --measure
   splitfuse bench throughput demo
