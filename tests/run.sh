@@ -59,7 +59,7 @@ stage_lint() {
   sources -name '*.h' -o -name '*.cc' | xargs clang-format --dry-run -Werror
   configure lint -DSPLITFUSE_PYTHON=ON -Dpybind11_DIR="$(python -m pybind11 --cmakedir)"
   sources -name '*.cc' -not -path '*/consumer/*' | xargs -P "$jobs" -n 1 clang-tidy --quiet -p build/lint 2>build/tidy.log ||
-    { grep -E 'error:' build/tidy.log >&2; return 1; }
+    { tail -n 20 build/tidy.log >&2; return 1; }
 }
 
 # ---- C++

@@ -177,7 +177,7 @@ def test_random_plans_of_a_caller(model: Path, isa: str, dtype: str) -> None:
     assert_all_same(run, CATALOGUE, model, isa, dtype)
 
 
-@settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
@@ -274,7 +274,7 @@ def test_smollm2(smollm2: Path, isa: str, dtype: str) -> None:
         request(random_tokens(64, 7, 49152), max_tokens=6),
     ]
     truth = [alone(smollm2, isa, dtype, one) for one in requests]
-    for budget, threads in ((3, 2), (16, 1), (64, 2), (257, 2)):
+    for budget, threads in ((16, 1), (64, 2), (257, 2)):
         run = together(smollm2, requests, isa=isa, dtype=dtype, threads=threads, token_budget=budget)
         for id, expected in enumerate(truth):
             assert_same(run, id, expected)
