@@ -71,8 +71,8 @@ class Planner {
 
   void plan_prompt(size_t i) {
     const SeqView& seq = order_[i];
-    const int32_t wanted = std::min(seq.known - seq.computed, budget_);
-    while (room(seq) < wanted && prompt_end_ > i + 1) {
+    const int32_t todo = seq.known - seq.computed;
+    while (room(seq) < std::min(todo, budget_) && prompt_end_ > i + 1) {
       const SeqView& last = order_[prompt_end_ - 1];
       if (!is_idle(last) && !is_decode(last)) break;
       --prompt_end_;
@@ -82,7 +82,7 @@ class Planner {
       if (!is_decode(order_[--prompt_end_])) preempt(order_[prompt_end_]);
     }
     if (i == 0 && room(seq) < 1) preempt_decodes_for_first();
-    const auto tokens = static_cast<int32_t>(std::min<int64_t>(wanted, room(seq)));
+    const auto tokens = static_cast<int32_t>(std::min<int64_t>(std::min(todo, budget_), room(seq)));
     if (tokens > 0) take(seq, tokens);
   }
 
