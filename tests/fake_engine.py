@@ -74,7 +74,9 @@ class FakeEngine:
         self._prefixes: set[tuple[str, tuple[int, ...]]] = set()
         self._busy = threading.Lock()
 
-    def query(self) -> Any:
+    def query(self, seq_id: int | None = None) -> Any:
+        if seq_id is not None:
+            return SimpleNamespace(cached=0)
         return SimpleNamespace(
             max_model_len=self.max_model_len, max_sequences=self.max_sequences, token_budget=self.token_budget
         )

@@ -190,6 +190,7 @@ PutResult Engine::Impl::put(SeqId id, std::span<const Token> tokens, const Sampl
   seq.reported = std::max(1, seq.prompt - static_cast<int32_t>(tokens.size()));
   seq.finish = Finish::kNone;
   seq.looked_up = seq.computed > 0;
+  seq.cached = seq.computed;
   const size_t blocks = ceil_div<size_t>(seq.tokens.capacity(), config_.block_size);
   seq.blocks.reserve(blocks);
   seq.keys.reserve(blocks);
@@ -242,7 +243,8 @@ Capacity Engine::Impl::query() const {
 
 Progress Engine::Impl::query(SeqId id) const {
   const Sequence& seq = find(id);
-  return {seq.prompt, seq.known(), seq.computed, static_cast<int32_t>(seq.blocks.size()), seq.preemptions, seq.finish};
+  return {seq.prompt,      seq.known(), seq.computed, seq.cached, static_cast<int32_t>(seq.blocks.size()),
+          seq.preemptions, seq.finish};
 }
 
 Limits Engine::Impl::limits() const {

@@ -173,7 +173,9 @@ void Engine::Impl::reserve(const StepPlan& plan) {
     SPLITFUSE_ASSERT(enough);
     if (before == 0) ++holders_;
     builder_.add(seq, chunk.tokens);
-    if (!std::exchange(seq.looked_up, true) && pool_.prefix_caching() && !seq.wants_prompt_logprobs()) {
+    if (std::exchange(seq.looked_up, true)) continue;
+    seq.cached = seq.computed;
+    if (pool_.prefix_caching() && !seq.wants_prompt_logprobs()) {
       prefix_queries_ += seq.known();
       prefix_hits_ += seq.computed;
     }

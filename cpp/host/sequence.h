@@ -23,6 +23,7 @@ struct Sequence {
   std::vector<Token> tokens;          // prompt and output: the known ones
   int32_t prompt = 0;
   int32_t computed = 0;
+  int32_t cached = 0;                 // what was computed when this turn began
   int32_t reported = 1;               // prompt positions below it need no prompt log-probability any more
   std::vector<BlockId> blocks;        // the block table
   BlockKey root;                      // names the cache salt

@@ -195,6 +195,7 @@ void register_state(py::module_& module) {
       .def_readonly("prompt", &Progress::prompt)
       .def_readonly("known", &Progress::known)
       .def_readonly("computed", &Progress::computed)
+      .def_readonly("cached", &Progress::cached)
       .def_readonly("blocks", &Progress::blocks)
       .def_readonly("preemptions", &Progress::preemptions)
       .def_property_readonly("finish", [](const Progress& self) { return finish_name(self.finish); });

@@ -204,6 +204,7 @@ class Progress:
     prompt: int
     known: int
     computed: int
+    cached: int
     blocks: int
     preemptions: int
     finish: str | None

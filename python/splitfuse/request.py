@@ -6,6 +6,7 @@ import math
 import operator
 import secrets
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -313,6 +314,17 @@ class Delta:
     stop_reason: str | int | None = None
 
 
+@dataclass(slots=True)
+class RequestTimes:
+    """When what happened to a request, in seconds of `time.monotonic()`; None: not yet, or never."""
+
+    arrived: float
+    started: float | None = None
+    """A forward has computed some of its prompt."""
+    first_token: float | None = None
+    ended: float | None = None
+
+
 class Request:
     """A submitted request, made by `Scheduler.submit`. Safe to use from any thread."""
 
@@ -336,6 +348,11 @@ class Request:
         self.cache_salt = cache_salt
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         """What it is sampled with: `params.seed`, or the one drawn for it."""
+        self.times = RequestTimes(time.monotonic())
+        self.cached_tokens = 0
+        """Of the prompt, taken from the prefix cache. Known with the first token."""
+        self.preemptions = 0
+        """How often an answer's KV blocks were taken from it, to be computed anew."""
         self._scheduler = scheduler
         self._on_output = on_output
         self._on_done = on_done

@@ -40,16 +40,28 @@ class Scheduler:
     `max_queued`: requests that may wait for admission, None: any number. As many sequences as one forward may
     hold are admitted to the engine, by (priority, arrival); one more urgent than every admitted one is let in
     beyond that, as the engine serves by priority.
+
+    Both hooks run on the engine's thread: `on_step` at the end of every step, after the callbacks of its
+    requests, with what the engine did (None: nothing); `on_failure` after a step that failed, when the
+    requests it ran have ended.
     """
 
     def __init__(
-        self, engine: _core.Engine, tokenizer: Tokenizer | None = None, *, max_queued: int | None = None
+        self,
+        engine: _core.Engine,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_queued: int | None = None,
+        on_step: Callable[[_core.StepOutput | None], None] | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
         if max_queued is not None and max_queued < 0:
             raise InvalidArgument(f"max_queued must be 0 or more, or None, not {max_queued}")
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_queued = max_queued
+        self._on_step = on_step
+        self._on_failure = on_failure
         capacity = engine.query()
         self._max_model_len: int = capacity.max_model_len
         self._room: int = capacity.max_sequences
@@ -70,6 +82,7 @@ class Scheduler:
         self._owner = threading.Lock()  # held by the thread that owns the engine; guards what follows
         self._live: dict[int, tuple[Request, Answer]] = {}  # by the engine's id
         self._quiet: dict[int, Callable[[int], None]] = {}  # those of _live whose tokens are only kept
+        self._fresh: dict[int, Request] = {}  # those of _live without their first token
         self._priorities: Counter[int] = Counter()  # of _live
 
     # ---------------------------------------------------------------- any thread
@@ -130,6 +143,11 @@ class Scheduler:
         """True while a request is not done."""
         return self._undone > 0
 
+    @property
+    def queued(self) -> int:
+        """Requests that wait for admission to the engine."""
+        return self._waiting
+
     # ---------------------------------------------------------------- the engine's thread
 
     def plan(self, views: list[_core.SeqView], limits: _core.Limits) -> _core.StepPlan | None:
@@ -151,7 +169,7 @@ class Scheduler:
         if not self._owner.acquire(blocking=False):
             raise StateError("another thread is stepping this scheduler; stop() ends that of start()")
         try:
-            return self._step()
+            return self._turn()
         finally:
             self._owner.release()
 
@@ -159,6 +177,12 @@ class Scheduler:
         """Steps until every request is done."""
         while self.has_work:
             self.step()
+
+    def _turn(self) -> _core.StepOutput | None:
+        output = self._step()
+        if self._on_step is not None:
+            self._on_step(output)
+        return output
 
     def _step(self) -> _core.StepOutput | None:
         while self._cancels:
@@ -172,7 +196,10 @@ class Scheduler:
         except Exception as error:
             _log.error("a step failed, and with it %d sequences: %s", len(self._live), error)
             self._end_live("error", error)
+            if self._on_failure is not None:
+                self._on_failure(error)
             return None
+        self._note(output)
         self._dispatch(output)
         if output.decode_tokens + output.prefill_tokens == 0 and self._live:
             time.sleep(_PAUSE)
@@ -218,10 +245,27 @@ class Scheduler:
             self.engine.put(sequence, request.prompt_token_ids, native, request.priority, request.cache_salt)
             answer.sequence = sequence
             self._live[sequence] = request, answer
+            self._fresh[sequence] = request
             self._priorities[request.priority] += 1
             probed = params.logprobs is not None or params.prompt_logprobs is not None
             if not (streamed or params.stop or probed or (index == 0 and params.n > 1)):
                 self._quiet[sequence] = answer.token_ids.append
+
+    def _note(self, output: _core.StepOutput) -> None:
+        """Writes down which requests began, got their first token, or were preempted."""
+        for sequence in output.preempted:
+            if (request := self.request_of(sequence)) is not None:
+                request.preemptions += 1
+        if not self._fresh:
+            return
+        now = time.monotonic()
+        for sequence, _ in output.chunks:
+            if (fresh := self._fresh.get(sequence)) is not None and fresh.times.started is None:
+                fresh.times.started = now
+        for sequence in output.ids.tolist():
+            if (fresh := self._fresh.pop(sequence, None)) is not None and fresh.times.first_token is None:
+                fresh.times.first_token = now
+                fresh.cached_tokens = self.engine.query(sequence).cached
 
     def _dispatch(self, output: _core.StepOutput) -> None:
         ids, tokens, quiet = output.ids.tolist(), output.tokens.tolist(), self._quiet
@@ -296,6 +340,7 @@ class Scheduler:
         sequence, answer.sequence = answer.sequence, None
         del self._live[sequence]
         self._quiet.pop(sequence, None)
+        self._fresh.pop(sequence, None)
         self._priorities -= Counter([request.priority])  # keeps no zeros
         try:
             self.engine.flush(sequence)
@@ -324,6 +369,7 @@ class Scheduler:
             prompt_logprobs=request._prompt_logprobs,
             error=error,
         )
+        request.times.ended = time.monotonic()
         request._event.set()
         if request._on_done is not None:
             try:
@@ -373,7 +419,7 @@ class Scheduler:
         try:
             while self._awaits_work():
                 try:
-                    self._step()
+                    self._turn()
                 except Exception as error:  # none is known, but nobody may be left waiting
                     _log.exception("the scheduler failed; every request ends with the error")
                     self._end_all("error", error)

@@ -97,6 +97,7 @@ struct Progress {
   int32_t prompt = 0;     // tokens of the prompt
   int32_t known = 0;      // prompt and output
   int32_t computed = 0;
+  int32_t cached = 0;     // of the prompt, found computed when this turn began: prefix cache, or former turns
   int32_t blocks = 0;
   int32_t preemptions = 0;
   Finish finish = Finish::kNone;
