@@ -47,6 +47,8 @@ PYTHON_FLOORS = {
     "bench": {"local", "numpy"},
     "cli": {"local"},
     "models": {"local"},
+    "policies": {"local"},
+    "server": {"local", "fastapi", "pydantic", "starlette"},
 }
 # Each outside library has its file.
 PYTHON_EXCEPTIONS = {
@@ -57,6 +59,8 @@ PYTHON_EXCEPTIONS = {
     "gguf_file.py": {"gguf"},
     "gguf_tokenizer.py": {"tokenizers"},
     "hub.py": {"huggingface_hub"},
+    "server/metrics.py": {"prometheus_client"},
+    "server/serve.py": {"uvicorn"},
     "tokenizer.py": {"tokenizers", "transformers"},
 }
 

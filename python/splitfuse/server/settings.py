@@ -1,0 +1,83 @@
+"""What an operator decides about a server, in one immutable object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._core import ConfigError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for. Checked before anything is allocated for the request."""
+
+    body_bytes: int = 32 << 20
+    json_depth: int = 64
+    header_bytes: int = 64 << 10
+    answers: int = 128
+    """`n`."""
+    prompts: int = 1024
+    """Prompts of one completions request; prompts times `n` are held to `answers_in_all`."""
+    answers_in_all: int = 4096
+    stops: int = 16
+    stop_length: int = 256
+    """Of one stop string, in characters."""
+    stop_token_ids: int = 256
+    logit_bias: int = 1024
+    logprobs: int = 20
+    queued: int = 4096
+    """Requests that may wait for admission; one more is answered 429."""
+    stream_items: int = 4096
+    """Deltas that may wait for a slow reader before it is cut off."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One field an option of `splitfuse serve`; seconds are seconds."""
+
+    model: str
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `splitfuse.llm.load_engine`."""
+    policy: str = "splitfuse"
+    served_names: tuple[str, ...] = ()
+    """Names that clients may use, the first one shown; empty: the model's own."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    """Any of these opens every route; empty: no key is asked for."""
+    cors_origins: tuple[str, ...] = ()
+    ui: bool | None = None
+    """The page at /; None: on a loopback address only."""
+    chat_template: str | None = None
+    """Instead of the checkpoint's."""
+    trust_request_chat_template: bool = False
+    drain_timeout: float = 30.0
+    """For requests to finish after SIGTERM."""
+    stall_timeout: float = 30.0
+    """A reader that takes nothing for so long is cut off."""
+    health_timeout: float = 60.0
+    """/health fails when work waits and no step has ended for so long."""
+    restarts: int = 0
+    """How often a failed engine is built anew."""
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be 0 to 65535, not {self.port}")
+        for name in ("drain_timeout", "stall_timeout", "health_timeout"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be a number of seconds, not {getattr(self, name)}")
+        if self.restarts < 0:
+            raise ConfigError(f"restarts must be 0 or more, not {self.restarts}")
+        if not all(self.api_keys):
+            raise ConfigError("an API key is empty")
+
+    @property
+    def loopback(self) -> bool:
+        return self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
+
+    @property
+    def shows_ui(self) -> bool:
+        return self.loopback if self.ui is None else self.ui
