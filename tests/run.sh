@@ -30,6 +30,9 @@ stage_setup() {
   echo '#include <Python.h>' | compiles "$("$python" -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')" ||
     missing+=(python3-dev)
   "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+  # The server's page is tested in a real browser.
+  command -v chromium >/dev/null || missing+=(chromium)
+  command -v chromedriver >/dev/null || missing+=(chromium-driver)
   if ((${#missing[@]})); then
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || fail "this needs: ${missing[*]}. As root: apt-get install ${missing[*]}"
     apt-get update -qq
