@@ -320,7 +320,7 @@ class RequestTimes:
 
     arrived: float
     started: float | None = None
-    """A forward has computed some of its prompt."""
+    """The first forward that computed some of its prompt began."""
     first_token: float | None = None
     ended: float | None = None
 

@@ -190,6 +190,7 @@ class Scheduler:
         self._admit()
         if not self._live:
             return None
+        began = time.monotonic()
         try:
             plan = self.plan(*self.engine.view()) if self._overridden else None
             output = self.engine.step(plan) if plan is not None else self.engine.step()
@@ -199,7 +200,7 @@ class Scheduler:
             if self._on_failure is not None:
                 self._on_failure(error)
             return None
-        self._note(output)
+        self._note(output, began)
         self._dispatch(output)
         if output.decode_tokens + output.prefill_tokens == 0 and self._live:
             time.sleep(_PAUSE)
@@ -251,8 +252,8 @@ class Scheduler:
             if not (streamed or params.stop or probed or (index == 0 and params.n > 1)):
                 self._quiet[sequence] = answer.token_ids.append
 
-    def _note(self, output: _core.StepOutput) -> None:
-        """Writes down which requests began, got their first token, or were preempted."""
+    def _note(self, output: _core.StepOutput, began: float) -> None:
+        """Writes down which requests began with this step, got their first token, or were preempted."""
         for sequence in output.preempted:
             if (request := self.request_of(sequence)) is not None:
                 request.preemptions += 1
@@ -261,7 +262,7 @@ class Scheduler:
         now = time.monotonic()
         for sequence, _ in output.chunks:
             if (fresh := self._fresh.get(sequence)) is not None and fresh.times.started is None:
-                fresh.times.started = now
+                fresh.times.started = began
         for sequence in output.ids.tolist():
             if (fresh := self._fresh.pop(sequence, None)) is not None and fresh.times.first_token is None:
                 fresh.times.first_token = now

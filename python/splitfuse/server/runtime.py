@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,6 +45,8 @@ class StepRecord:
     """After it."""
     queued: int
     """Requests that wait for admission to the engine."""
+    scheduler: Scheduler
+    """Whose step it was: another one after a restart."""
 
 
 class Observer(Protocol):
@@ -81,6 +83,8 @@ class Runtime:
         self.failure: Exception | None = None
         """Why the engine is down, if it is."""
         self.restarts = 0
+        self.rejections: Counter[str] = Counter()
+        """Requests that were in order and not taken in, by reason: "queue_full", "draining", "unavailable"."""
         self._served: Served | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._workers = ThreadPoolExecutor(_WORKERS, "splitfuse-text")
@@ -246,7 +250,7 @@ class Runtime:
         """Queues a request. `streamed`: its deltas are wanted, else the result alone. Raises ApiError: 400 if
         it could never be served, 429 if too many wait, 503 if there is no engine to serve it."""
         if not self.ready:
-            raise self._unavailable()
+            raise self._turned_away()
         stream = Stream(self.settings.limits.stream_items, self.settings.stall_timeout)
         scheduler = self.served.scheduler
         if not scheduler.has_work:
@@ -265,11 +269,16 @@ class Runtime:
         except InvalidArgument as error:
             raise ApiError(400, str(error)) from None
         except QueueFull as error:
+            self.rejections["queue_full"] += 1
             raise ApiError(429, str(error), retry_after=self._retry_after()) from None
         except StateError:
-            raise self._unavailable() from None
+            raise self._turned_away() from None
         self._streams.add(stream)
         return stream
+
+    def _turned_away(self) -> ApiError:
+        self.rejections["draining" if self.draining else "unavailable"] += 1
+        return self._unavailable()
 
     def _unavailable(self) -> ApiError:
         if self.draining:
@@ -286,13 +295,14 @@ class Runtime:
     # ---------------------------------------------------------------- on the engine's thread
 
     def _on_step(self, output: StepOutput | None) -> None:
-        if output is not None and self._served is not None:
-            self._moved = time.monotonic()
-            self._capacity = self._served.engine.query()
-            if self.observers:
+        served = self._served
+        if served is not None:
+            self._capacity = capacity = served.engine.query()  # a cancelled request changes it without a step
+            if output is not None:
+                self._moved = time.monotonic()
                 seconds = (output.host_us + output.forward_us) / 1e6
-                queued = self._served.scheduler.queued
-                record = StepRecord(self._moved, seconds, output, self._capacity, queued)
+                scheduler = served.scheduler
+                record = StepRecord(self._moved, seconds, output, capacity, scheduler.queued, scheduler)
                 for observer in self.observers:
                     observer.on_step(record)
         if self._outbox:
