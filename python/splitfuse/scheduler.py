@@ -263,7 +263,7 @@ class Scheduler:
         for sequence, _ in output.chunks:
             if (fresh := self._fresh.get(sequence)) is not None and fresh.times.started is None:
                 fresh.times.started = began
-        for sequence in output.ids.tolist():
+        for sequence in output.ids[output.finish != 3].tolist():
             if (fresh := self._fresh.pop(sequence, None)) is not None and fresh.times.first_token is None:
                 fresh.times.first_token = now
                 fresh.cached_tokens = self.engine.query(sequence).cached
