@@ -462,7 +462,7 @@ def test_sequences_that_are_gone_are_forgotten() -> None:
     gone: Any = SimpleNamespace(request_of=lambda sequence: None)
     for i in range(5000):
         output = SimpleNamespace(ids=np.array([i]), finish=np.zeros(1, np.uint8))
-        times.add(StepRecord(float(i), 0.0, output, None, 0, gone))  # type: ignore[arg-type]
+        times.on_step(StepRecord(float(i), 0.0, output, None, 0, gone))  # type: ignore[arg-type]
     assert len(times._last) <= 2 * 1024
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..request import Request
+    from ..scheduler import Scheduler
     from .runtime import StepRecord
 
 # The upper bounds of vLLM's buckets, so that its dashboards and alerts fit.
@@ -52,15 +53,19 @@ class Histogram:
 
 
 class TokenTimes:
-    """The time between the tokens of every sequence."""
+    """When sequences have their tokens: which requests have their first, and how long the others waited."""
 
     def __init__(self) -> None:
+        self._scheduler: Scheduler | None = None  # the one of the last step
         self._last: dict[int, float] = {}  # when a sequence had its latest token
         self._limit = _KEPT
+        self._begun: set[Request] = set()  # those that live and whose first token has been told
 
-    def add(self, step: StepRecord) -> tuple[list[int], list[tuple[float, int]]]:
-        """The sequences that had their first token in this step; and for the others (seconds since the token
-        before, how many sequences): those that were together in the step before share one entry."""
+    def on_step(self, step: StepRecord) -> tuple[list[Request], list[tuple[float, int]]]:
+        """The requests whose first token this step made and that go on; and (seconds since the token before,
+        how many sequences): those that were together in the step before share one entry."""
+        if step.scheduler is not self._scheduler:  # another engine, which numbers its sequences anew
+            self._scheduler, self._last = step.scheduler, {}
         last, output = self._last, step.output
         ids: list[int] = output.ids[output.finish != _ERROR].tolist()
         before = Counter(map(last.get, ids))
@@ -68,7 +73,15 @@ class TokenTimes:
         last.update(dict.fromkeys(ids, step.ended))
         if len(last) > self._limit:
             self._forget(step)
-        return first, [(step.ended - time, count) for time, count in before.items() if time is not None]
+        begun = {request for i in first if (request := step.scheduler.request_of(i))} - self._begun
+        self._begun |= begun
+        return list(begun), [(step.ended - time, count) for time, count in before.items() if time is not None]
+
+    def on_end(self, request: Request) -> bool:
+        """Whether its first token has not been told: the step that made it ended it, if there is one."""
+        told = request in self._begun
+        self._begun.discard(request)
+        return not told and request.times.first_token is not None
 
     def _forget(self, step: StepRecord) -> None:
         """Drops those that are gone."""
@@ -118,14 +131,13 @@ class Meter:
         self.asked_answers = Histogram(_ANSWERS)
         self.asked_tokens = Histogram(_TOKENS)
 
-        self._scheduler: object = None  # the one of the last step
         self._times = TokenTimes()
-        self._prefix_counts = (0, 0)  # queries and hits of the present engine
-        self._counted: set[Request] = set()  # those that live and whose first token has been counted
+        self._scheduler: Scheduler | None = None  # the one of the last step
+        self._prefix_counts = (0, 0)  # queries and hits of its engine
 
     def on_step(self, step: StepRecord) -> None:
-        if step.scheduler is not self._scheduler:  # another engine, which numbers its sequences anew
-            self._scheduler, self._times, self._prefix_counts = step.scheduler, TokenTimes(), (0, 0)
+        if step.scheduler is not self._scheduler:  # another engine, which counts from 0
+            self._scheduler, self._prefix_counts = step.scheduler, (0, 0)
         output, capacity = step.output, step.capacity
         self.prefill_tokens += output.prefill_tokens
         self.decode_tokens += output.decode_tokens
@@ -140,21 +152,15 @@ class Meter:
             self.step_seconds.add(step.seconds)
             self.step_tokens.add(tokens)
             self.budget_use.add(tokens / capacity.token_budget)
-        first, gaps = self._times.add(step)
-        self.sampled_tokens += len(first)
+        self.sampled_tokens += int((output.finish != _ERROR).sum())
+        begun, gaps = self._times.on_step(step)
+        for request in begun:
+            self._count_first(request)
         for seconds, count in gaps:
-            self.sampled_tokens += count
             self.token_gaps.add(seconds, count)
-        for sequence in first:
-            request = step.scheduler.request_of(sequence)
-            if request is not None and request not in self._counted:
-                self._counted.add(request)
-                self._count_first(request)
 
     def on_end(self, request: Request) -> None:
-        if request in self._counted:
-            self._counted.remove(request)
-        else:
+        if self._times.on_end(request):
             self._count_first(request)
         output = request.output
         if output is None:
@@ -165,10 +171,8 @@ class Meter:
             self._count_finished(request, [len(answer.token_ids) for answer in output.outputs])
 
     def _count_first(self, request: Request) -> None:
-        times = request.times
-        if times.first_token is None:
-            return
-        self.first_tokens.add(times.first_token - times.arrived)
+        assert request.times.first_token is not None
+        self.first_tokens.add(request.times.first_token - request.times.arrived)
         self.prompt_tokens += len(request.prompt_token_ids)
         self.prompt_tokens_cached += request.cached_tokens
 
