@@ -14,13 +14,15 @@ namespace splitfuse {
 struct Engine::Gate {
   enum State : uint8_t { kFree, kLooking, kWorking };
 
-  explicit Gate(const Impl& impl) : plan(impl.memory_plan()), model(impl.model()), description(impl.describe()) {}
+  explicit Gate(const Impl& impl)
+      : plan(impl.memory_plan()), model(impl.model()), description(impl.describe()), curve(impl.budget_curve()) {}
 
   std::atomic<uint8_t> state{kFree};
   std::atomic<bool> closed{false};
   const MemoryPlan plan;
   const ModelConfig model;
   const std::string description;
+  const std::vector<BudgetPoint> curve;
 
   void check_open() const {
     if (closed.load(std::memory_order_acquire)) throw StateError("the engine is closed");
@@ -108,6 +110,8 @@ void Engine::flush(SeqId id) {
 const MemoryPlan& Engine::memory_plan() const { return look(gate_.get()).plan; }
 
 const ModelConfig& Engine::model_config() const { return look(gate_.get()).model; }
+
+const std::vector<BudgetPoint>& Engine::budget_curve() const { return look(gate_.get()).curve; }
 
 std::string Engine::describe() const { return look(gate_.get()).description; }
 

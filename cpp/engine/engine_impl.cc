@@ -86,7 +86,7 @@ int32_t Engine::Impl::measure_budget() {
   using Clock = std::chrono::steady_clock;
   constexpr int kLayers = 4;  // more than one, so that weights come from memory as in a real forward
   const int32_t block_size = config_.block_size;
-  const int32_t largest = sizing_.limits.max_rows;
+  const int32_t largest = sizing_.plan.token_budget;
   const int32_t longest = std::min(largest, sizing_.plan.max_model_len);
   const int32_t seq_blocks = ceil_div(longest, block_size);
   std::vector<Token> tokens(largest, 0);
@@ -95,7 +95,7 @@ int32_t Engine::Impl::measure_budget() {
   for (int32_t i = 0; i < pool_.total(); ++i) table[i] = i;
   // As many sequences as the rows need, each with KV blocks of its own; a pool too small for that bounds the rows.
   const int32_t most_rows = std::min(largest, pool_.total() / seq_blocks * longest);
-  std::vector<std::pair<int32_t, double>> rates;
+  const int layers = std::min(kLayers, model_.num_layers);
   double best = 0;
   for (int32_t rows = most_rows; rows >= std::min(64, most_rows); rows /= 2) {
     std::vector<RaggedSeq> seqs;
@@ -107,16 +107,15 @@ int32_t Engine::Impl::measure_budget() {
     double fastest = 1e30;
     for (int repeat = 0; repeat < 2; ++repeat) {
       const auto begin = Clock::now();
-      for (int layer = 0; layer < std::min(kLayers, model_.num_layers); ++layer) decoder_->forward_layer(batch, layer);
+      for (int layer = 0; layer < layers; ++layer) decoder_->forward_layer(batch, layer);
       fastest = std::min(fastest, std::chrono::duration<double>(Clock::now() - begin).count());
     }
-    rates.emplace_back(rows, rows / fastest);
-    best = std::max(best, rates.back().second);
+    curve_.push_back({rows, rows / (fastest * model_.num_layers / layers)});
+    best = std::max(best, curve_.back().tokens_per_second);
   }
-  int32_t budget = largest;
-  for (const auto& [rows, rate] : rates) {
-    if (rate >= 0.95 * best) budget = rows;
-  }
+  std::reverse(curve_.begin(), curve_.end());
+  const auto good = [&](const BudgetPoint& point) { return point.tokens_per_second >= 0.95 * best; };
+  const int32_t budget = std::find_if(curve_.begin(), curve_.end(), good)->tokens;
   return std::max(budget, sizing_.limits.max_seqs);
 }
 
@@ -233,6 +232,7 @@ Capacity Engine::Impl::query() const {
   capacity.running = holders_;
   capacity.waiting = static_cast<int32_t>(live_.size()) - holders_;
   capacity.token_budget = budget_;
+  capacity.max_step_tokens = sizing_.limits.max_rows;
   capacity.max_sequences = sizing_.limits.max_seqs;
   capacity.max_model_len = sizing_.plan.max_model_len;
   capacity.block_size = config_.block_size;
@@ -252,7 +252,7 @@ Limits Engine::Impl::limits() const {
 }
 
 Limits Engine::Impl::view(std::vector<SeqView>& out) {
-  make_views(out);
+  make_views(out, sizing_.limits.max_rows);
   count_shared(out);
   return limits();
 }

@@ -33,6 +33,7 @@ class Engine::Impl {
 
   const MemoryPlan& memory_plan() const { return sizing_.plan; }
   const ModelConfig& model() const { return model_; }
+  const std::vector<BudgetPoint>& budget_curve() const { return curve_; }
   std::string describe() const;
 
   /// Empty if every count, list and block table agrees; else what is wrong. For tests.
@@ -55,7 +56,7 @@ class Engine::Impl {
   int32_t measure_budget();
   Limits limits() const;
   void attach_prefix(Sequence& seq);
-  void make_views(std::vector<SeqView>& out);
+  void make_views(std::vector<SeqView>& out, int32_t tokens);
   void count_shared(std::vector<SeqView>& views) const;
   void check_plan(const StepPlan& plan);
   Sequence& find_near(SeqId id, size_t& next) const;
@@ -86,6 +87,7 @@ class Engine::Impl {
   int32_t holders_ = 0;           // of live_, how many hold blocks
   uint64_t arrivals_ = 0;
   int32_t budget_ = 0;
+  std::vector<BudgetPoint> curve_;
   int64_t prefix_queries_ = 0, prefix_hits_ = 0;
   int32_t attached_tokens_ = 0;  // taken from the prefix cache since the last step
 

@@ -41,6 +41,8 @@ void validate(const EngineConfig& config, const ModelConfig& model) {
   require(config.threads >= 0 && config.threads <= 1024, "threads", config.threads, "0 (all usable cores) to 1024");
   require(config.token_budget >= 0 && config.token_budget <= 1 << 20, "token_budget", config.token_budget,
           "1 to 1048576, or 0 to measure it");
+  require(config.max_step_tokens >= 0 && config.max_step_tokens <= 1 << 20, "max_step_tokens", config.max_step_tokens,
+          "0 to 1048576");
   require(config.max_sequences >= 1 && config.max_sequences <= 1 << 16, "max_sequences", config.max_sequences,
           "1 to 65536");
   require(config.block_size >= 16 && config.block_size <= 1024 && config.block_size % 16 == 0, "block_size",
@@ -60,11 +62,12 @@ Sizing size_engine(const ModelConfig& model, const EngineConfig& config, const B
   plan.weights = lay_out_weights(model, backend, nullptr).bytes;
   plan.token_budget = config.token_budget > 0 ? config.token_budget : kLargestAutoBudget;
 
-  limits.max_rows = plan.token_budget;
-  limits.max_seqs = std::min(config.max_sequences, plan.token_budget);
-  limits.max_logit_rows = std::min(kMaxLogitRows, plan.token_budget);
   limits.vocab = model.vocab_size;
   limits.max_context = config.max_model_len > 0 ? config.max_model_len : model.max_position;
+  limits.max_rows = std::max(plan.token_budget, std::min(config.max_step_tokens, limits.max_context));
+  limits.max_seqs = std::min(config.max_sequences, plan.token_budget);
+  limits.max_logit_rows = std::min(kMaxLogitRows, plan.token_budget);
+  plan.max_step_tokens = limits.max_rows;
   const AttentionShape one_block = attention_shape(model, config.block_size, 1);
   const int64_t block_bytes = backend.kv_block_bytes(one_block.kv);
   plan.kv_bytes_per_token = block_bytes / config.block_size;
@@ -110,7 +113,7 @@ std::string MemoryPlan::to_string() const {
   line("weights", weights, "packed");
   line("KV pool", kv_pool,
        cat(blocks, " blocks, ", kv_bytes_per_token, " bytes a token, sequences up to ", max_model_len, " tokens"));
-  line("workspace", workspace, cat("forwards of up to ", token_budget, " tokens"));
+  line("workspace", workspace, cat("forwards of up to ", max_step_tokens, " tokens"));
   line("host", host, "block tables, batch metadata");
   line("total", total(), cat("of ", mebibytes(available), " available"));
   return text;

@@ -31,7 +31,7 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
     check_plan(*plan);
     viewed_.clear();
   } else {
-    make_views(views_);
+    make_views(views_, budget_);
     // What sequences share matters only to a planner that may have to preempt.
     const int32_t most_needed = sizing_.limits.max_seqs + budget_ / config_.block_size;
     if (pool_.available() < most_needed) count_shared(views_);
@@ -75,9 +75,9 @@ void Engine::Impl::attach_prefix(Sequence& seq) {
   ++holders_;
 }
 
-/// Every sequence that holds blocks, and as many waiting ones as the budget could take, in service order; then
-/// the finished ones, as victims, longest finished last: victims are taken from the back.
-void Engine::Impl::make_views(std::vector<SeqView>& out) {
+/// Every sequence that holds blocks, and as many waiting ones as a forward of `tokens` could take, in service order;
+/// then the finished ones, as victims, longest finished last: victims are taken from the back.
+void Engine::Impl::make_views(std::vector<SeqView>& out, int32_t tokens) {
   out.clear();
   viewed_.clear();
   const auto add = [&](Sequence& seq, int32_t known) {
@@ -85,7 +85,7 @@ void Engine::Impl::make_views(std::vector<SeqView>& out) {
     viewed_.push_back(&seq);
   };
   int32_t holders = holders_;
-  int32_t tokens = budget_, slots = sizing_.limits.max_seqs;
+  int32_t slots = sizing_.limits.max_seqs;
   for (Sequence* seq : live_) {
     const bool waiting = seq->blocks.empty();
     if (waiting && (tokens <= 0 || slots <= 0)) {

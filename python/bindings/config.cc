@@ -100,6 +100,7 @@ void register_config(py::module_& module) {
       .def_readwrite("threads", &EngineConfig::threads)
       .def_readwrite("isa", &EngineConfig::isa)
       .def_readwrite("token_budget", &EngineConfig::token_budget)
+      .def_readwrite("max_step_tokens", &EngineConfig::max_step_tokens)
       .def_readwrite("max_sequences", &EngineConfig::max_sequences)
       .def_readwrite("max_model_len", &EngineConfig::max_model_len)
       .def_readwrite("block_size", &EngineConfig::block_size)

@@ -186,6 +186,7 @@ void register_state(py::module_& module) {
       .def_readonly("running", &Capacity::running)
       .def_readonly("waiting", &Capacity::waiting)
       .def_readonly("token_budget", &Capacity::token_budget)
+      .def_readonly("max_step_tokens", &Capacity::max_step_tokens)
       .def_readonly("max_sequences", &Capacity::max_sequences)
       .def_readonly("max_model_len", &Capacity::max_model_len)
       .def_readonly("block_size", &Capacity::block_size)
@@ -209,6 +210,7 @@ void register_state(py::module_& module) {
       .def_readonly("blocks", &MemoryPlan::blocks)
       .def_readonly("max_model_len", &MemoryPlan::max_model_len)
       .def_readonly("token_budget", &MemoryPlan::token_budget)
+      .def_readonly("max_step_tokens", &MemoryPlan::max_step_tokens)
       .def_property_readonly("total", &MemoryPlan::total)
       .def("__str__", &MemoryPlan::to_string);
 }
@@ -267,6 +269,12 @@ void register_engine(py::module_& module) {
              std::vector<SeqView> views;
              const Limits limits = self.view(views);
              return py::make_tuple(std::move(views), limits);
+           })
+      .def("budget_curve",
+           [](const Engine& self) {
+             std::vector<std::pair<int32_t, double>> points;
+             for (const BudgetPoint& p : self.budget_curve()) points.emplace_back(p.tokens, p.tokens_per_second);
+             return points;
            })
       .def("has_work", &Engine::has_work, Unlock())
       .def("flush", &Engine::flush, py::arg("id"), Unlock())

@@ -64,6 +64,7 @@ class EngineConfig:
     threads: int
     isa: str
     token_budget: int
+    max_step_tokens: int
     max_sequences: int
     max_model_len: int
     block_size: int
@@ -194,6 +195,7 @@ class Capacity:
     running: int
     waiting: int
     token_budget: int
+    max_step_tokens: int
     max_sequences: int
     max_model_len: int
     block_size: int
@@ -219,6 +221,7 @@ class MemoryPlan:
     blocks: int
     max_model_len: int
     token_budget: int
+    max_step_tokens: int
     total: int
     def __str__(self) -> str: ...
 
@@ -250,6 +253,8 @@ class Engine:
     def flush(self, id: int) -> None: ...
     def close(self) -> None: ...
     def describe(self) -> str: ...
+    def budget_curve(self) -> list[tuple[int, float]]:
+        """(tokens of a forward, tokens a second) that the budget was chosen by; empty if it was given."""
     @property
     def memory_plan(self) -> MemoryPlan: ...
     @property

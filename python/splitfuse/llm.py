@@ -16,9 +16,10 @@ from . import _core
 from ._core import ConfigError, Engine, EngineConfig, InvalidArgument, StateError
 from ._progress import CountBar, byte_bar, on_terminal
 from .request import Delta, NotFinite, Request, RequestOutput, SamplingParams
-from .scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from .loader import LoadedModel
+    from .scheduler import Scheduler
     from .tokenizer import Tokenizer
 
 _log = logging.getLogger("splitfuse")
@@ -64,13 +65,15 @@ def engine_config(
     dtype: str = "auto",
     threads: int | None = None,
     token_budget: int | str = "auto",
+    max_step_tokens: int = 0,
     max_sequences: int = 256,
     max_model_len: int | None = None,
     kv_memory: int | str = "auto",
     prefix_caching: bool = True,
     isa: str = "auto",
 ) -> EngineConfig:
-    """The native configuration of what `LLM` takes; its docstring says what each means. Raises
+    """The native configuration of what `LLM` takes; its docstring says what each means. `max_step_tokens`:
+    the largest forward that a policy may plan, where that is more than the token budget. Raises
     ConfigError."""
     if token_budget == "auto":
         token_budget = 0
@@ -88,12 +91,37 @@ def engine_config(
         dtype="bfloat16" if dtype == "auto" else dtype,
         threads=threads or 0,
         token_budget=token_budget,
+        max_step_tokens=max_step_tokens,
         max_sequences=max_sequences,
         max_model_len=max_model_len or 0,
         kv_bytes=0 if kv_memory == "auto" else parse_bytes(kv_memory),
         prefix_caching=prefix_caching,
         isa=isa,
     )
+
+
+def load_engine(
+    model: str | os.PathLike[str], *, verbose: bool | None = None, **options: Any
+) -> tuple[LoadedModel, Engine]:
+    """Opens `model` and builds its engine; `options` are those of `engine_config`, `verbose` as for `LLM`."""
+    config = engine_config(**options)
+    from .loader import load
+
+    loaded = load(os.fspath(model))
+    say = _Says(on_terminal() if verbose is None else verbose)
+    say(str(_core.plan_memory(loaded.config, config)).rstrip())
+    with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
+        engine = Engine(loaded.config, loaded.weights, config, progress=progress)
+    if curve := engine.budget_curve():
+        say(_curve_text(curve, engine.query().token_budget))
+    say(engine.describe())
+    return loaded, engine
+
+
+def _curve_text(curve: list[tuple[int, float]], chosen: int) -> str:
+    """The measurement behind `token_budget="auto"`, in one line."""
+    points = ", ".join(f"{tokens}: {rate:,.0f}" for tokens, rate in curve)
+    return f"tokens of a forward: tokens/s  {points}; token budget {chosen}"
 
 
 class LLM:
@@ -105,7 +133,8 @@ class LLM:
     `splitfuse info`'s ladder. token_budget: tokens of one forward; "auto" measures at start. max_sequences:
     of one forward. max_model_len: longest sequence, prompt and answer; None: what model and KV memory allow.
     kv_memory: of the KV cache, bytes or "512MiB"; "auto": 1 GiB, or one longest sequence if that is more.
-    prefix_caching: reuse the keys and values of prompts that begin alike. verbose: print the memory plan on
+    prefix_caching: reuse the keys and values of prompts that begin alike. policy: which tokens run in a
+    forward, a name of `splitfuse.policies`. verbose: print the memory plan on
     stderr; None: where that is a terminal. It is logged either way.
 
     All memory is taken here. Safe to use from several threads: their requests run together. `close()` gives
@@ -125,32 +154,30 @@ class LLM:
         kv_memory: int | str = "auto",
         prefix_caching: bool = True,
         isa: str = "auto",
+        policy: str = "splitfuse",
         verbose: bool | None = None,
     ) -> None:
-        config = engine_config(
+        from .policies import make_scheduler, step_tokens
+
+        loaded, self.engine = load_engine(
+            model,
+            verbose=verbose,
             device=device,
             dtype=dtype,
             threads=threads,
             token_budget=token_budget,
+            max_step_tokens=step_tokens(policy),
             max_sequences=max_sequences,
             max_model_len=max_model_len,
             kv_memory=kv_memory,
             prefix_caching=prefix_caching,
             isa=isa,
         )
-        from .loader import load
-
-        loaded = load(os.fspath(model))
-        say = _Says(on_terminal() if verbose is None else verbose)
-        say(str(_core.plan_memory(loaded.config, config)).rstrip())
-        with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
-            self.engine = Engine(loaded.config, loaded.weights, config, progress=progress)
-        say(self.engine.describe())
         self.name: str = loaded.name
         self.tokenizer: Tokenizer | None = loaded.tokenizer
         """None if the model came without one: it takes and gives token ids alone."""
         self.generation_config: Mapping[str, Any] = loaded.generation_config
-        self.scheduler = Scheduler(self.engine, self.tokenizer)
+        self.scheduler = make_scheduler(policy, self.engine, self.tokenizer)
         self.scheduler.start()
         self._close = weakref.finalize(self, _shut_down, self.scheduler, self.engine)
 

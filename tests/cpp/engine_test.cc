@@ -194,7 +194,32 @@ TEST(Engine, TheBudgetIsMeasuredWhereItIsLeftOpen) {
   const int32_t budget = engine.query().token_budget;
   EXPECT_GE(budget, 64);
   EXPECT_LE(budget, 512);
+  const auto& curve = engine.budget_curve();
+  ASSERT_GE(curve.size(), 2u);
+  EXPECT_TRUE(std::is_sorted(curve.begin(), curve.end(), [](auto& a, auto& b) { return a.tokens < b.tokens; }));
+  EXPECT_TRUE(std::all_of(curve.begin(), curve.end(), [](auto& p) { return p.tokens_per_second > 0; }));
+  EXPECT_TRUE(make_tiny(tiny_engine()).budget_curve().empty());
   EXPECT_EQ(answer(engine, 1, random_tokens(1, 700), greedy(4)).size(), 4u);
+}
+
+TEST(Engine, APlanMayGoBeyondTheBudgetIfMemoryWasTakenForIt) {
+  EngineConfig config = tiny_engine();
+  config.max_step_tokens = 1 << 20;
+  Engine engine = make_tiny(config);
+  const Capacity capacity = engine.query();
+  EXPECT_EQ(capacity.token_budget, 32);
+  EXPECT_GE(capacity.max_step_tokens, capacity.max_model_len);
+  const std::vector<Token> first = random_tokens(1, 70), second = random_tokens(2, 40);
+  ASSERT_TRUE(engine.put(1, first, greedy(4)));
+  ASSERT_TRUE(engine.put(2, second, greedy(4)));
+  std::vector<SeqView> views;
+  EXPECT_EQ(engine.view(views).max_tokens, 32);
+  EXPECT_EQ(views.size(), 2u);   // both, though the first alone exceeds the budget
+  EXPECT_EQ(engine.step({{{1, 70}, {2, 40}}, {}}).sampled.size(), 2u);
+  Engine plain = make_tiny(tiny_engine());
+  ASSERT_TRUE(plain.put(1, first, greedy(4)));
+  EXPECT_THROW(plain.step({{{1, 70}}, {}}), InvalidArgument);
+  EXPECT_EQ(answer(engine, 3, first, greedy(4)), answer(plain, 3, first, greedy(4)));
 }
 
 TEST(Engine, MovesAndIsGone) {

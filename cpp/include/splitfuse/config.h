@@ -60,6 +60,8 @@ struct EngineConfig {
   int32_t threads = 0;            // 0: the cores this process may use
   std::string isa = "auto";       // "auto" or a rung of the ladder: ref, avx2, avx512, avx512_bf16
   int32_t token_budget = 0;       // tokens of one forward; 0: measured at start
+  int32_t max_step_tokens = 0;    // the largest forward that step(plan) takes, never below the budget; what is more
+                                  // than the longest sequence counts as that
   int32_t max_sequences = 256;    // sequences of one forward
   int32_t max_model_len = 0;      // longest sequence, prompt and output together; 0: what model and KV pool allow
   int32_t block_size = 32;        // tokens of one KV block, a multiple of 16

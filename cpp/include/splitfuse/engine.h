@@ -85,6 +85,7 @@ struct Capacity {
   int32_t running = 0;          // sequences that hold blocks and are not finished
   int32_t waiting = 0;          // sequences that hold none yet
   int32_t token_budget = 0;
+  int32_t max_step_tokens = 0;  // of the largest forward that step(plan) takes
   int32_t max_sequences = 0;
   int32_t max_model_len = 0;
   int32_t block_size = 0;
@@ -114,9 +115,16 @@ struct MemoryPlan {
   int32_t blocks = 0;
   int32_t max_model_len = 0;
   int32_t token_budget = 0;
+  int32_t max_step_tokens = 0;
   int64_t total() const { return weights + kv_pool + workspace + host; }
   /// A small table, one line an item.
   std::string to_string() const;
+};
+
+/// How fast a forward of so many tokens runs.
+struct BudgetPoint {
+  int32_t tokens = 0;
+  double tokens_per_second = 0;
 };
 
 /// A model, its KV pool and its sequences. One owner thread: put, step, view, flush or close from a second thread
@@ -146,7 +154,8 @@ class Engine {
   Capacity query() const;
   /// Throws InvalidArgument if the id is unknown.
   Progress query(SeqId id) const;
-  /// The sequences that step() would plan over, first served first, and the limits it would use.
+  /// The sequences to plan over, first served first, and the limits that step() would use. Of those that wait, as many
+  /// as the largest forward could take.
   Limits view(std::vector<SeqView>& out);
   /// True while any sequence has tokens to compute.
   bool has_work() const;
@@ -157,6 +166,8 @@ class Engine {
 
   const MemoryPlan& memory_plan() const;
   const ModelConfig& model_config() const;
+  /// What a token budget that was left open was chosen by, fewest tokens first; empty if it was given.
+  const std::vector<BudgetPoint>& budget_curve() const;
   /// One line: device, ISA, threads, number format.
   std::string describe() const;
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from ..policies import POLICIES
 from ..request import SamplingParams
 
 if TYPE_CHECKING:
@@ -54,6 +55,15 @@ def add_engine(parser: argparse.ArgumentParser, *, caches: bool = True) -> None:
             action="store_false",
             help="compute every prompt from its start",
         )
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--policy",
+        default="splitfuse",
+        choices=POLICIES,
+        help="which tokens run in a forward (default: splitfuse)",
+    )
 
 
 def add_kernel(parser: argparse._ActionsContainer) -> None:

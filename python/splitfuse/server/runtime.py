@@ -133,9 +133,11 @@ class Runtime:
 
     def _load(self) -> Served:
         from ..llm import load_engine
-        from ..policies import make_scheduler
+        from ..policies import make_scheduler, step_tokens
 
-        loaded, engine = load_engine(self.settings.model, **self.settings.engine)
+        loaded, engine = load_engine(
+            self.settings.model, max_step_tokens=step_tokens(self.settings.policy), **self.settings.engine
+        )
         scheduler = make_scheduler(
             self.settings.policy,
             engine,

@@ -1,0 +1,33 @@
+"""SplitFuse with levelled forwards: FastGen's third insight."""
+
+from __future__ import annotations
+
+from .._core import Limits, SeqView, StepPlan, plan_splitfuse
+from ._room import Policy, is_decode
+
+
+class Even(Policy):
+    """As SplitFuse, with as many forwards, but the prompts that wait are spread evenly over them, where
+    SplitFuse fills all but the last. Throughput being concave in the tokens of a forward, equal ones are
+    best (DeepSpeed-FastGen, 2023)."""
+
+    def choose(self, views: list[SeqView], limits: Limits) -> StepPlan:
+        decodes = sum(map(is_decode, views))
+        waiting = sum(view.known - view.computed for view in views) - decodes
+        waiting += self._unseen({view.id for view in views})
+        room = limits.max_tokens - decodes
+        if waiting <= room or room < 1:
+            return plan_splitfuse(views, limits)
+        forwards = -(-waiting // room)
+        level = Limits(
+            max_tokens=decodes + -(-waiting // forwards),
+            max_seqs=limits.max_seqs,
+            free_blocks=limits.free_blocks,
+            total_blocks=limits.total_blocks,
+            block_size=limits.block_size,
+        )
+        return plan_splitfuse(views, level)
+
+    def _unseen(self, seen: set[int]) -> int:
+        """Prompt tokens of those admitted that the engine did not list, as they can't run now."""
+        return sum(len(request.prompt_token_ids) for id, (request, _) in self._live.items() if id not in seen)
