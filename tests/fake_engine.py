@@ -57,6 +57,7 @@ class FakeEngine:
     max_model_len: int = 256
     max_sequences: int = 8
     token_budget: int = 32
+    max_step_tokens: int = 32
     choose: Callable[[Sequence[int], int, int, int], int] = next_token
     delay: float = 0.0  # seconds a step takes
     fail: Callable[[int], Exception | None] = lambda step: None
@@ -68,6 +69,7 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.model_config = SimpleNamespace(vocab_size=self.vocab_size)
+        self.memory_plan = SimpleNamespace(max_step_tokens=max(self.max_step_tokens, self.token_budget))
         self.sequences: dict[int, _Sequence] = {}
         self.most_live = 0
         self.closed = False

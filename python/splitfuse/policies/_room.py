@@ -28,6 +28,7 @@ class Room:
         self.free = limits.free_blocks
         self.chunks: list[tuple[int, int]] = []
         self.preempted: list[int] = []
+        self._running: set[int] = set()
         self._total = limits.total_blocks
         self._block_size = limits.block_size
         self._end = len(self.order)  # whoever is at or behind it has been preempted
@@ -41,10 +42,12 @@ class Room:
         self.tokens -= tokens
         self.slots -= 1
         self.chunks.append((view.id, tokens))
+        self._running.add(view.id)
 
     def serve(self, index: int, tokens: int) -> None:
-        """Gives `order[index]` at most `tokens`, preempting whom it must from the back. It gets less if
-        blocks are short, and loses its own where not even one token fits. Call it in the order's order."""
+        """Gives `order[index]` at most `tokens`, preempting whom it must from the back, but nobody who runs
+        already. It gets less if blocks are short; where not even one token fits it waits, and loses its own
+        blocks to those before it unless somebody behind it runs."""
         if index >= self._end:
             return
         view = self.order[index]
@@ -52,6 +55,8 @@ class Room:
         if tokens < 1 or self.slots < 1:
             return
         while self._blocks(view, 1) > self.free and self._end > index + 1:
+            if self.order[self._end - 1].id in self._running:
+                return
             self._end -= 1
             self._preempt(self.order[self._end])
         if index == 0 and self._end == 1:

@@ -11,7 +11,7 @@ _FIRST_QUANTUM = 64
 """Tokens of the first level; each further level has twice as many. FastServe counts time; here a forward's time
 depends on its tokens, whosever they are, so tokens are the time."""
 _STARVED = 256
-"""Forwards without a token after which a sequence rises to the level that it would join now."""
+"""Forwards without a token after which a sequence rises to the first level."""
 
 
 @dataclass(slots=True)
@@ -46,10 +46,13 @@ class Mlfq(Policy):
         return room.plan()
 
     def _place(self, view: SeqView) -> _Place:
-        place = self._places.get(view.id)
-        starved = place is not None and self._forwards - place.served > _STARVED
-        if place is None or starved:
-            return _Place(_level(view.known - view.computed), served=self._forwards)
+        place, todo = self._places.get(view.id), view.known - view.computed
+        if place is None:
+            return _Place(_level(todo), served=self._forwards)
+        if self._forwards - place.served > _STARVED:
+            # What it has to compute before its next token is free: else its blocks could be taken before that,
+            # and the rise would have been for nothing.
+            return _Place(0, used=-todo, served=self._forwards)
         return place
 
     def _charge(self, place: _Place, tokens: int) -> None:
