@@ -104,11 +104,14 @@ class Runtime:
         await self._build()
         self._spawn(self._watch())
 
-    async def stop(self, timeout: float) -> bool:
-        """Takes no more requests, gives those there are `timeout` seconds to finish, cancels the rest, and
-        closes the engine. True if all could finish."""
+    def cancel_all(self) -> None:
+        """Ends every open request with what it has."""
+        for stream in list(self._streams):
+            stream.cancel()
+
+    async def stop(self) -> None:
+        """Takes no more requests, cancels those there are, and closes the engine."""
         self.draining = True
-        drained = await self._drained(timeout)
         for task in list(self._tasks):
             task.cancel()
         if self._served is not None:
@@ -116,13 +119,6 @@ class Runtime:
             await asyncio.sleep(0)  # the cancelled requests' ends are delivered
             self._served = None
         self._workers.shutdown(wait=False)
-        return drained
-
-    async def _drained(self, timeout: float) -> bool:
-        until = time.monotonic() + timeout
-        while self._streams and time.monotonic() < until:
-            await asyncio.sleep(0.02)
-        return not self._streams
 
     async def _build(self) -> None:
         self._served = await asyncio.to_thread(self._load)

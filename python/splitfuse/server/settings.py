@@ -16,6 +16,12 @@ class Limits:
     body_bytes: int = 32 << 20
     json_depth: int = 64
     header_bytes: int = 64 << 10
+    headers: int = 256
+    head_seconds: float = 20.0
+    """For request line and headers to arrive, from the connection's first byte or none at all."""
+    body_seconds: float = 60.0
+    idle_seconds: float = 30.0
+    """That a connection may stay open between two requests."""
     answers: int = 128
     """`n`."""
     prompts: int = 1024

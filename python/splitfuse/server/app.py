@@ -1,0 +1,110 @@
+"""The application: routes, guards, and what a client is told when something is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from .. import __version__
+from . import health, metrics, openai_routes, page
+from .errors import ApiError
+from .guard import Guard
+from .runtime import Runtime
+from .settings import Settings
+
+_log = logging.getLogger("splitfuse")
+_ERRORS = 10  # of a request's validation errors that are told
+_ERROR_LENGTH = 200
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """An ASGI application with its `Runtime` at `app.state.runtime`. It answers while the model is still loaded;
+    should that fail, `runtime.failure` says why."""
+    runtime = Runtime(settings)
+    app = FastAPI(
+        title="splitfuse",
+        version=__version__,
+        description="OpenAI's API over one splitfuse engine.",
+        docs_url=None,  # they would load scripts from elsewhere
+        redoc_url=None,
+        lifespan=_lifespan,
+    )
+    app.state.runtime = runtime
+    app.include_router(health.router)
+    app.include_router(openai_routes.router)
+    metrics.install(app, runtime)
+    page.install(app, runtime)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_error)
+    shows_page = settings.shows_ui
+    app.add_middleware(Guard, settings=settings, is_open=lambda path: shows_page and page.is_open(path))
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    runtime: Runtime = app.state.runtime
+    loading = asyncio.create_task(_load(runtime))
+    yield
+    await asyncio.wait([loading])  # a thread that loads can't be stopped
+    await runtime.stop()
+
+
+async def _load(runtime: Runtime) -> None:
+    try:
+        await runtime.start()
+    except Exception as error:
+        _log.debug("loading failed", exc_info=True)
+        runtime.failure = error
+
+
+def _envelope(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return _envelope(error)
+
+
+async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
+    """Names the fields at fault, and repeats little of what was sent: that could be long."""
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    told, param = [], None
+    for each in found[:_ERRORS]:
+        place = ".".join(str(part) for part in each.get("loc", ()) if part != "body")[:_ERROR_LENGTH]
+        param = param or place or None
+        told.append(f"{place}: {each.get('msg', 'invalid')}"[:_ERROR_LENGTH].removeprefix(": "))
+    if len(found) > _ERRORS:
+        told.append(f"and {len(found) - _ERRORS} more")
+    return _envelope(ApiError(400, "; ".join(told), param=param))
+
+
+async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    response = _envelope(ApiError(error.status_code, str(error.detail)))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _envelope(ApiError(500, "the server failed on this request; its log says why"))
