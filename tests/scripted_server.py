@@ -194,4 +194,4 @@ async def serving(clock: Clock, **options: Any) -> AsyncIterator[Scripted]:
     try:
         yield runtime
     finally:
-        await runtime.stop(0)
+        await runtime.stop()

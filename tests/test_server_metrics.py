@@ -431,7 +431,7 @@ def test_a_real_engine_under_pressure(tiny_llama: Callable[..., Path]) -> None:
         while runtime.served.scheduler.has_work:
             await asyncio.sleep(0.01)
         # The last step's own record follows its requests' ends.
-        assert await runtime.stop(10)
+        await runtime.stop()
         return await runtime.scrape(), naive
 
     page, naive = asyncio.run(scenario())
