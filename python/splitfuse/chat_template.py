@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -108,5 +109,24 @@ def render(template: str, messages: Any, *, add_generation_prompt: bool, variabl
     plain = _check_messages(messages)
     try:
         return compiled.render(messages=plain, add_generation_prompt=add_generation_prompt, **values)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (
+        jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
+    ) as error:  # fmt: skip
         raise InvalidArgument(f"the model's chat template refuses these messages: {error}") from error
+
+
+def render_open(template: str, messages: Any, *, variables: Mapping[str, Any]) -> str:
+    """As `render`, up to the end of the last message's text, so that an answer goes on with it."""
+    *earlier, last = _check_messages(messages)
+    if not isinstance(last.get("content"), str):
+        raise InvalidArgument("the last message has no text to go on with")
+    # A template may trim, move or repeat what it is given: only a mark tells where the text ended.
+    mark = secrets.token_hex(16)
+    marked = [*earlier, {**last, "content": last["content"] + mark}]
+    text = render(template, marked, add_generation_prompt=False, variables=variables)
+    end = text.rfind(mark)
+    if end < 0:
+        raise InvalidArgument(
+            "the model's chat template leaves the last message out, so nothing can go on with it"
+        )
+    return text[:end].replace(mark, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,13 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 # Any of these makes a tokenizer, the later ones with what lies beside them.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+_REPLACEMENT = "\ufffd"
+# The letters that byte-level BPE writes the 256 bytes with: printable ones as themselves, the others in order.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(b for b in range(256) if b not in _PRINTABLE)
+}
 
 
 class Tokenizer:
@@ -65,6 +73,11 @@ class Tokenizer:
         """Ids run from 0 to below this; a model may have more rows than its tokenizer has tokens."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of text that a token can stand for, at most."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+
     @property
     def eos_token_ids(self) -> list[int]:
         return [] if self.eos_token_id is None else [self.eos_token_id]
@@ -83,6 +96,17 @@ class Tokenizer:
         """Whether it is one byte of a code point that the vocabulary lacks."""
         return token_id in self._bytes
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, exactly, also where it is part of a code point, so no text of its own."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        token = self.id_to_token(token_id)
+        if token is None or _REPLACEMENT not in text:
+            return text.encode()
+        if self.is_byte(token_id):
+            return bytes([int(token[3:5], 16)])
+        spelled = [_BYTE_OF_LETTER.get(letter) for letter in token]
+        return text.encode() if None in spelled else bytes(byte for byte in spelled if byte is not None)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. A text that begins with the BOS token does not get a second one."""
         ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -95,20 +119,28 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
     ) -> str:
-        """The conversation as text, by the model's chat template. `kwargs` are handed to the template.
+        """The conversation as text, by the model's chat template or the one given. `continue_final_message`: it
+        ends with the last message's text, for the model to go on with. `kwargs` are handed to the template.
 
-        Raises ConfigError if the model has no template, InvalidArgument if the template refuses the messages.
+        Raises ConfigError if there is no template, InvalidArgument if the template refuses the messages.
         """
-        if self.chat_template is None:
+        template = chat_template if chat_template is not None else self.chat_template
+        if template is None:
             raise ConfigError("this model has no chat template: give it a prompt as plain text instead")
-        from .chat_template import render
+        from .chat_template import render, render_open
 
         variables = {**self.special_tokens, **kwargs}
-        return render(
-            self.chat_template, messages, add_generation_prompt=add_generation_prompt, variables=variables
-        )
+        if continue_final_message:
+            return render_open(template, messages, variables=variables)
+        return render(template, messages, add_generation_prompt=add_generation_prompt, variables=variables)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
         """Token ids of render_chat(); the template writes BOS itself."""
