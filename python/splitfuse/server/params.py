@@ -107,7 +107,7 @@ def sampling_params(
         "max_tokens": _max_tokens(request),
         "min_tokens": _one_of(request, "min_tokens", "min_new_tokens") or 0,
         "seed": None if seed == -1 else seed,
-        "stop": request.stop or (),
+        "stop": () if request.stop is None else request.stop,
         "include_stop_str_in_output": _one_of(request, "include_stop_str_in_output", "no_stop_trim") or False,
         "logit_bias": _logit_bias(request.logit_bias),
         "logprobs": _logprobs(request),
