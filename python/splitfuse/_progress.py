@@ -36,9 +36,9 @@ def byte_bar(title: str, shown: bool) -> Iterator[Callable[[int, int], None] | N
 
 
 class CountBar:
-    """Counts finished requests; appears only if they take longer than a second."""
+    """Counts finished requests; appears only if they take longer than a second. `total`: None if unknown."""
 
-    def __init__(self, title: str, total: int, shown: bool) -> None:
+    def __init__(self, title: str, total: int | None, shown: bool) -> None:
         self._title = title
         self._total = total
         self._shown = shown
@@ -52,12 +52,12 @@ class CountBar:
         if self._bar is not None:
             self._progress.stop()
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, note: str = "") -> None:
         if not self._shown or (self._bar is None and time.monotonic() - self._since < _PATIENCE):
             return
         if self._bar is None:
             self._start()
-        self._progress.update(self._task, completed=done)
+        self._progress.update(self._task, completed=done, note=note)
 
     def _start(self) -> None:
         from rich.console import Console
@@ -76,7 +76,8 @@ class CountBar:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
         self._bar = self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
         self._progress.start()
-        self._task = self._progress.add_task(self._title, total=self._total)
+        self._task = self._progress.add_task(self._title, total=self._total, note="")

@@ -13,7 +13,7 @@ from typing import NoReturn
 from .. import __version__
 from .._core import Error
 
-_COMMANDS = ("generate", "chat", "convert", "info", "bench")
+_COMMANDS = ("generate", "chat", "serve", "run-batch", "convert", "info", "bench")
 _FAILED = 2
 _INTERRUPTED = 130
 _PIPE_CLOSED = 141
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"splitfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in _COMMANDS:
-        import_module(f".{name}", __name__).add_parser(commands)
+        import_module(f".{name.replace('-', '_')}", __name__).add_parser(commands)
     return parser
 
 
