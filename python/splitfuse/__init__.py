@@ -26,8 +26,10 @@ from ._core import (
 from ._core import MemoryError as MemoryError  # not in __all__: a star import would hide the builtin
 
 if TYPE_CHECKING:
+    from ._http import ServerError
     from .llm import LLM
     from .mii import Pipeline, Response, pipeline
+    from .remote import Client, client, serve
     from .request import Completion, Delta, Logprob, NotFinite, Request, RequestOutput, SamplingParams
     from .scheduler import QueueFull, Scheduler
 
@@ -36,6 +38,7 @@ __version__ = _core.__version__
 __all__ = [
     "LLM",
     "CheckpointError",
+    "Client",
     "Completion",
     "ConfigError",
     "Delta",
@@ -53,16 +56,20 @@ __all__ = [
     "Response",
     "SamplingParams",
     "Scheduler",
+    "ServerError",
     "StateError",
     "StepPlan",
     "__version__",
+    "client",
     "cmake_prefix",
     "pipeline",
+    "serve",
 ]
 
 # Imported when first used: the command line, and those who only drive an Engine, start faster.
 _LAZY = {
     "LLM": "llm",
+    "Client": "remote",
     "NotFinite": "request",
     "Completion": "request",
     "Delta": "request",
@@ -74,7 +81,10 @@ _LAZY = {
     "Response": "mii",
     "SamplingParams": "request",
     "Scheduler": "scheduler",
+    "ServerError": "_http",
+    "client": "remote",
     "pipeline": "mii",
+    "serve": "remote",
 }
 
 

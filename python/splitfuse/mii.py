@@ -1,4 +1,5 @@
-"""DeepSpeed-MII's names over `LLM`: `splitfuse.pipeline(model)(prompts, max_new_tokens=...)`."""
+"""DeepSpeed-MII's names over `LLM`: `splitfuse.pipeline(model)(prompts, max_new_tokens=...)`. Those of its
+servers and clients are in remote.py."""
 
 from __future__ import annotations
 
@@ -24,6 +25,53 @@ class Response:
 
     def __str__(self) -> str:
         return self.generated_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiiParams:
+    """MII's generation parameters, with its defaults."""
+
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    do_sample: bool = True
+    top_p: float = 0.9
+    top_k: int | None = None
+    temperature: float | None = None
+    stop: str | Sequence[str] = ()
+    ignore_eos: bool = False
+    return_full_text: bool = False
+
+    def sampling(self, prompt_length: int | None) -> SamplingParams:
+        """The same in vLLM's names, for a prompt of so many tokens; None: not known. Raises
+        InvalidArgument."""
+        chosen: dict[str, Any] = {"temperature": 0.0}
+        if self.do_sample:
+            temperature = 1.0 if self.temperature is None else self.temperature
+            chosen = {"temperature": temperature, "top_p": self.top_p, "top_k": self.top_k or 0}
+        return SamplingParams(
+            max_tokens=self._limit(prompt_length),
+            min_tokens=self.min_new_tokens,
+            stop=self.stop,
+            ignore_eos=self.ignore_eos,
+            **chosen,
+        )
+
+    def _limit(self, used: int | None) -> int | None:
+        if self.max_length is None or used is None:
+            return self.max_new_tokens
+        if self.max_length <= used:
+            raise InvalidArgument(f"max_length is {self.max_length}, but the prompt alone has {used} tokens")
+        left = self.max_length - used
+        return left if self.max_new_tokens is None else min(left, self.max_new_tokens)
+
+
+def prompt_list(prompts: str | Sequence[str], streamed: bool) -> list[str]:
+    """One prompt or many, as a list. Raises InvalidArgument if the answers to many are to be streamed."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if streamed and len(texts) != 1:
+        raise InvalidArgument(f"streaming_fn takes the answer to a single prompt, not to {len(texts)}")
+    return texts
 
 
 def pipeline(model: str | os.PathLike[str], *, max_length: int | None = None, **options: Any) -> Pipeline:
@@ -61,23 +109,19 @@ class Pipeline:
         return_full_text: the text begins with the prompt. streaming_fn: called with [piece] as the answer to
         a single prompt comes.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if streaming_fn is not None and len(texts) != 1:
-            raise InvalidArgument(f"streaming_fn takes the answer to a single prompt, not to {len(texts)}")
-        sampling: dict[str, Any] = {"temperature": 0.0}
-        if do_sample:
-            sampling = {"temperature": 1.0 if temperature is None else temperature, "top_p": top_p}
-            sampling["top_k"] = top_k or 0
-        params = [
-            SamplingParams(
-                max_tokens=self._limit(text, max_length, max_new_tokens),
-                min_tokens=min_new_tokens,
-                stop=stop,
-                ignore_eos=ignore_eos,
-                **sampling,
-            )
-            for text in texts
-        ]
+        texts = prompt_list(prompts, streaming_fn is not None)
+        wanted = MiiParams(
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=do_sample,
+            top_p=top_p,
+            top_k=top_k,
+            temperature=temperature,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        params = [wanted.sampling(self._length(text, max_length)) for text in texts]
         if streaming_fn is not None:
             return [self._stream(texts[0], params[0], streaming_fn, return_full_text)]
         outputs = self.llm.generate(texts, params)
@@ -90,14 +134,10 @@ class Pipeline:
         """Gives the model's memory back."""
         self.llm.close()
 
-    def _limit(self, text: str, max_length: int | None, max_new_tokens: int | None) -> int | None:
+    def _length(self, text: str, max_length: int | None) -> int | None:
         if max_length is None or not isinstance(text, str) or self.llm.tokenizer is None:
-            return max_new_tokens
-        used = len(self.llm.tokenizer.encode(text))
-        if max_length <= used:
-            raise InvalidArgument(f"max_length is {max_length}, but the prompt alone has {used} tokens")
-        left = max_length - used
-        return left if max_new_tokens is None else min(left, max_new_tokens)
+            return None
+        return len(self.llm.tokenizer.encode(text))
 
     def _stream(
         self,

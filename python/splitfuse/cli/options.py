@@ -50,10 +50,9 @@ def add_engine(parser: argparse.ArgumentParser, *, caches: bool = True) -> None:
     parser.set_defaults(prefix_caching=caches)
     if caches:
         group.add_argument(
-            "--no-prefix-caching",
-            dest="prefix_caching",
-            action="store_false",
-            help="compute every prompt from its start",
+            "--prefix-caching",
+            action=argparse.BooleanOptionalAction,
+            help="compute what prompts that begin alike share only once (default: yes)",
         )
 
 

@@ -53,6 +53,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, default=8000, help="0: any free one, printed (default: 8000)")
     group.add_argument(
         "--served-model-name",
+        action="extend",
         nargs="+",
         default=[],
         metavar="NAME",
