@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .request import Completion, Delta, Logprob, SamplingParams, TokenLogprobs
+from .request import Completion, Delta, Logprob, Request, RequestOutput, SamplingParams, TokenLogprobs
 from .text import IncrementalDetokenizer, StopChecker
 
 if TYPE_CHECKING:
     from . import _core
     from .tokenizer import Tokenizer
+
+_log = logging.getLogger("splitfuse")
 
 
 class Answer:
@@ -112,6 +116,25 @@ class Answer:
             self._tokenizer, self._prompt_ids, self.params.skip_special_tokens
         )
         return "".join([*map(detokenizer.add, shown), detokenizer.finish()])
+
+
+def conclude(request: Request, error: Exception | None) -> None:
+    """Makes a request done whose answers have all been finished, and tells whoever waits."""
+    request._output = RequestOutput(
+        request_id=request.id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=[answer.completion() for answer in request._answers],
+        prompt_logprobs=request._prompt_logprobs,
+        error=error,
+    )
+    request.times.ended = time.monotonic()
+    request._event.set()
+    if request._on_done is not None:
+        try:
+            request._on_done(request)
+        except Exception:
+            _log.exception("on_done of %s failed", request.id)
 
 
 class TokenTexts:

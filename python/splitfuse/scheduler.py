@@ -6,7 +6,6 @@ thread may do (`submit`, `cancel`, `Request.wait`) goes through one lock, and ne
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import threading
@@ -18,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _core
-from ._answer import Answer, TokenTexts
-from ._core import Error, InvalidArgument, StateError
-from .request import Delta, NotFinite, Request, RequestOutput, SamplingParams, check_request
+from ._answer import Answer, TokenTexts, conclude
+from ._beginnings import Beginnings
+from ._core import InvalidArgument, StateError
+from ._intake import Intake
+from ._intake import QueueFull as QueueFull
+from .request import Delta, NotFinite, Request, SamplingParams, check_request
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -28,10 +30,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("splitfuse")
 _FINISH = (None, "stop", "length", "error")  # StepOutput.finish
 _PAUSE = 0.001  # seconds between steps that did nothing: a policy that holds work back must not burn a core
-
-
-class QueueFull(Error):
-    """Refused: as many requests wait as may. Try again later."""
 
 
 class Scheduler:
@@ -55,11 +53,8 @@ class Scheduler:
         on_step: Callable[[_core.StepOutput | None], None] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
-        if max_queued is not None and max_queued < 0:
-            raise InvalidArgument(f"max_queued must be 0 or more, or None, not {max_queued}")
         self.engine = engine
         self.tokenizer = tokenizer
-        self.max_queued = max_queued
         self._on_step = on_step
         self._on_failure = on_failure
         capacity = engine.query()
@@ -72,8 +67,7 @@ class Scheduler:
 
         self._cancels: deque[Request] = deque()
         self._lock = threading.Condition()  # guards what follows, to the blank line
-        self._queue: list[tuple[int, int, Request]] = []  # a heap of (priority, arrival, request)
-        self._waiting = 0  # requests of the heap not cancelled: those leave it when they surface
+        self._intake = Intake(max_queued)
         self._undone = 0  # requests that have not ended
         self._thread: threading.Thread | None = None
         self._stopping: str | None = None  # "drain" | "abort" while stop() is at work
@@ -82,7 +76,7 @@ class Scheduler:
         self._owner = threading.Lock()  # held by the thread that owns the engine; guards what follows
         self._live: dict[int, tuple[Request, Answer]] = {}  # by the engine's id
         self._quiet: dict[int, Callable[[int], None]] = {}  # those of _live whose tokens are only kept
-        self._fresh: dict[int, Request] = {}  # those of _live without their first token
+        self._beginnings = Beginnings(engine)  # of _live
         self._priorities: Counter[int] = Counter()  # of _live
 
     # ---------------------------------------------------------------- any thread
@@ -125,10 +119,7 @@ class Scheduler:
         with self._lock:
             if self._closed or self._stopping is not None:
                 raise StateError(f"the scheduler is {'closed' if self._closed else 'stopping'}")
-            if self.max_queued is not None and self._waiting >= self.max_queued:
-                raise QueueFull(f"{self._waiting} requests wait already, as many as may (max_queued)")
-            heapq.heappush(self._queue, (priority, number, request))
-            self._waiting += 1
+            self._intake.add(request, number)
             self._undone += 1
             self._lock.notify_all()
         return request
@@ -146,7 +137,7 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """Requests that wait for admission to the engine."""
-        return self._waiting
+        return self._intake.waiting
 
     # ---------------------------------------------------------------- the engine's thread
 
@@ -200,7 +191,9 @@ class Scheduler:
             if self._on_failure is not None:
                 self._on_failure(error)
             return None
-        self._note(output, began)
+        for request in filter(None, map(self.request_of, output.preempted)):
+            request.preemptions += 1
+        self._beginnings.note(output, began)
         self._dispatch(output)
         if output.decode_tokens + output.prefill_tokens == 0 and self._live:
             time.sleep(_PAUSE)
@@ -209,64 +202,34 @@ class Scheduler:
     def _admit(self) -> None:
         while True:
             with self._lock:
-                while self._queue and not self._queue[0][2]._queued:
-                    heapq.heappop(self._queue)
-                if not self._queue:
+                first = self._intake.first_priority()
+                if first is None or (len(self._live) >= self._room and first >= min(self._priorities)):
                     return
-                if len(self._live) >= self._room and self._queue[0][0] >= min(self._priorities):
-                    return
-                request = heapq.heappop(self._queue)[2]
-                self._dequeue(request)
+                request = self._intake.pop()
             try:
                 self._begin(request, 1)
             except Exception as error:
                 self._end(request, "error", error)
 
-    def _dequeue(self, request: Request) -> None:
-        """Counts it as waiting no more. Under the lock."""
-        if request._queued:
-            request._queued = False
-            self._waiting -= 1
-
     def _begin(self, request: Request, answers: int) -> None:
         """Puts the next `answers` sequences of a request. Those beyond the first follow when it has its first
         token: then they find the prompt in the prefix cache."""
         params, streamed = request.params, request._on_output is not None
-        room = self._max_model_len - len(request.prompt_token_ids)
+        longest = params.max_tokens or self._max_model_len - len(request.prompt_token_ids)
         for index in range(request._begun, request._begun + answers):
             answer = Answer(index, params, request.prompt_token_ids, self.tokenizer, streamed)
             request._answers.append(answer)
             request._begun += 1
-            native = params.to_native(
-                max_tokens=room if params.max_tokens is None else params.max_tokens,
-                seed=request.seed,
-                sample_index=index,
-            )
+            native = params.to_native(max_tokens=longest, seed=request.seed, sample_index=index)
             sequence = next(self._numbers)
             self.engine.put(sequence, request.prompt_token_ids, native, request.priority, request.cache_salt)
             answer.sequence = sequence
             self._live[sequence] = request, answer
-            self._fresh[sequence] = request
+            self._beginnings.add(sequence, request)
             self._priorities[request.priority] += 1
             probed = params.logprobs is not None or params.prompt_logprobs is not None
             if not (streamed or params.stop or probed or (index == 0 and params.n > 1)):
                 self._quiet[sequence] = answer.token_ids.append
-
-    def _note(self, output: _core.StepOutput, began: float) -> None:
-        """Writes down which requests began with this step, got their first token, or were preempted."""
-        for sequence in output.preempted:
-            if (request := self.request_of(sequence)) is not None:
-                request.preemptions += 1
-        if not self._fresh:
-            return
-        now = time.monotonic()
-        for sequence, _ in output.chunks:
-            if (fresh := self._fresh.get(sequence)) is not None and fresh.times.started is None:
-                fresh.times.started = began
-        for sequence in output.ids[output.finish != 3].tolist():
-            if (fresh := self._fresh.pop(sequence, None)) is not None and fresh.times.first_token is None:
-                fresh.times.first_token = now
-                fresh.cached_tokens = self.engine.query(sequence).cached
 
     def _dispatch(self, output: _core.StepOutput) -> None:
         ids, tokens, quiet = output.ids.tolist(), output.tokens.tolist(), self._quiet
@@ -341,7 +304,7 @@ class Scheduler:
         sequence, answer.sequence = answer.sequence, None
         del self._live[sequence]
         self._quiet.pop(sequence, None)
-        self._fresh.pop(sequence, None)
+        self._beginnings.drop(sequence)
         self._priorities -= Counter([request.priority])  # keeps no zeros
         try:
             self.engine.flush(sequence)
@@ -353,7 +316,7 @@ class Scheduler:
         if request.done:
             return
         with self._lock:
-            self._dequeue(request)
+            self._intake.drop(request)
             self._undone -= 1
         streamed = request._on_output is not None
         for index in range(len(request._answers), request.params.n):
@@ -362,21 +325,7 @@ class Scheduler:
             if answer.finish_reason is None:
                 answer.finish(reason)
             self._release(request, answer)
-        request._output = RequestOutput(
-            request_id=request.id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[a.completion() for a in request._answers],
-            prompt_logprobs=request._prompt_logprobs,
-            error=error,
-        )
-        request.times.ended = time.monotonic()
-        request._event.set()
-        if request._on_done is not None:
-            try:
-                request._on_done(request)
-            except Exception:
-                _log.exception("on_done of %s failed", request.id)
+        conclude(request, error)
 
     def _end_live(self, reason: str, error: Exception | None = None) -> None:
         for request in [request for request, _ in self._live.values()]:
@@ -440,7 +389,7 @@ class Scheduler:
 
     def _end_all(self, reason: str, error: Exception | None = None) -> None:
         with self._lock:
-            queued = [request for _, _, request in self._queue]
+            queued = self._intake.everyone()
         self._end_live(reason, error)
         for request in queued:
             self._end(request, reason, error)
