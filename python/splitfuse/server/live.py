@@ -149,7 +149,7 @@ class Digest:
             begun, step_gaps = self._times.on_step(item)
             first += begun
             for seconds, count in step_gaps:
-                gaps[_ms(seconds)] += count
+                gaps[round(seconds * 1e3, 1)] += count
             self._prefill_tokens += item.output.prefill_tokens
             self._decode_tokens += item.output.decode_tokens
             if item.output.chunks:

@@ -20,6 +20,7 @@ const sum = (list) => list.reduce((total, { tokens }) => total + tokens, 0);
 
 export class Bars {
   budget = 0;
+  seen = 0; // forwards, since the page was opened
   #steps = []; // {ms, parts, tokens}, the last ones
   #frozen = null; // those shown while somebody looks at one
   #at = null; // {x, y} of the pointer, or {index} by keyboard
@@ -42,6 +43,7 @@ export class Bars {
       const parts = segments(step);
       return { ms: step.ms, parts, tokens: sum(parts) };
     });
+    this.seen += fresh.length;
     this.#steps = [...this.#steps, ...fresh].slice(-MOST); // another list: the frozen one stays
   }
 

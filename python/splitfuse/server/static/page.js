@@ -119,7 +119,7 @@ function showTimes(element, [p50, p95]) {
 /** For those who can't see the canvas, and for tests. */
 function describeBars() {
   const { prompt, decode } = bars.totals();
-  Object.assign($("bars").dataset, { bars: bars.count, prompt, decode });
+  Object.assign($("bars").dataset, { bars: bars.count, seen: bars.seen, prompt, decode });
   $("summary").textContent = bars.count ? bars.summary() : "";
 }
 
