@@ -42,8 +42,8 @@ GAUGES = {
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in ("splitfuse.scheduler", "splitfuse.request", "splitfuse.server.runtime"):
-        monkeypatch.setattr(f"{module}.time", clock)
+    for module in ("_answer", "_beginnings", "request", "scheduler", "server.runtime"):
+        monkeypatch.setattr(f"splitfuse.{module}.time", clock)
     return clock
 
 
