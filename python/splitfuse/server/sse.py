@@ -15,7 +15,8 @@ from .frames import DONE, Frames, event
 from .stream import Stream
 
 KEEP_ALIVE = 15.0
-"""Seconds without a frame after which a comment is sent, so that nothing on the way gives the connection up."""
+"""Seconds between looks whether there has been a frame; if not, a comment is sent, so that nothing on the way
+gives the connection up."""
 
 
 async def until_gone(receive: Receive) -> None:
@@ -44,8 +45,8 @@ class EventStream(Response):
         self._frames = frames
         self._last = last
         self._begun = False
-        self._lock = asyncio.Lock()
-        self._written = 0.0  # loop time
+        self._beginning = asyncio.Lock()
+        self._silent = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
@@ -64,10 +65,8 @@ class EventStream(Response):
             self._cancel()
 
     async def _run(self) -> None:
-        if len(self._streams) == 1:
-            await self._pump(self._streams[0], self._frames[0])
-            return
-        # A task each: a stream that overflows cuts off the task that reads it.
+        # A task each, as a stream that overflows cuts off the task that reads it. One's own is also resumed sooner
+        # than this one, below all the layers of the application.
         pumps = [
             asyncio.ensure_future(self._pump(*pair)) for pair in zip(self._streams, self._frames, strict=True)
         ]
@@ -84,22 +83,25 @@ class EventStream(Response):
             await self._write(rest)
 
     async def _write(self, text: str, more: bool = True) -> None:
-        async with self._lock:
+        if not self._begun:
+            await self._begin()
+        self._silent = False
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+    async def _begin(self) -> None:
+        async with self._beginning:
             if not self._begun:
-                self._begun = True
                 await self._send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._send({"type": "http.response.body", "body": text.encode(), "more_body": more})
-            self._written = asyncio.get_running_loop().time()
+                self._begun = True
 
     async def _watch(self, receive: Receive) -> None:
         """Until the client has gone away; then nothing is made for it any more."""
-        loop = asyncio.get_running_loop()
-        self._written = loop.time()
         gone = asyncio.ensure_future(until_gone(receive))
         try:
             while not gone.done():
-                await asyncio.wait([gone], timeout=self._written + KEEP_ALIVE - loop.time())
-                if not gone.done() and loop.time() - self._written >= KEEP_ALIVE:
+                self._silent = True
+                await asyncio.wait([gone], timeout=KEEP_ALIVE)
+                if self._silent and not gone.done():
                     await self._write(": keep-alive\n\n")
         finally:
             gone.cancel()
