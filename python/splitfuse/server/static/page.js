@@ -59,7 +59,8 @@ function greet(hello) {
   served = hello;
   stats = new Stats();
   bars.budget = hello.token_budget;
-  $("model").textContent = hello.policy === "splitfuse" ? hello.model : `${hello.model} · policy ${hello.policy}`;
+  $("model").textContent = hello.model;
+  if (hello.policy !== "splitfuse") $("live-title").textContent = `Policy ${hello.policy} at work`;
   document.title = `${hello.model} · splitfuse`;
   status("live", "live");
 }
