@@ -125,7 +125,7 @@ def conclude(request: Request, error: Exception | None) -> None:
         prompt=request.prompt,
         prompt_token_ids=request.prompt_token_ids,
         outputs=[answer.completion() for answer in request._answers],
-        prompt_logprobs=request._prompt_logprobs,
+        prompt_logprobs=request.prompt_logprobs,
         error=error,
     )
     request.times.ended = time.monotonic()

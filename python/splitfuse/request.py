@@ -353,15 +353,16 @@ class Request:
         """Of the prompt, taken from the prefix cache. Known with the first token."""
         self.preemptions = 0
         """How often an answer's KV blocks were taken from it, to be computed anew."""
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        """As in `RequestOutput`; whole from the first token on."""
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(prompt_token_ids)
         self._scheduler = scheduler
         self._on_output = on_output
         self._on_done = on_done
         self._answers: list[Answer] = []
         self._begun = 0  # answers that have been put
         self._queued = True
-        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
-        if params.prompt_logprobs is not None:
-            self._prompt_logprobs = [None] * len(prompt_token_ids)
         self._output: RequestOutput | None = None
         self._event = threading.Event()
 

@@ -245,10 +245,10 @@ class Scheduler:
     def _dispatch_prompt_logprobs(self, output: _core.StepOutput) -> None:
         for item in output.prompt:
             request = self.request_of(item.id)
-            if request is None or request._prompt_logprobs is None:
+            if request is None or request.prompt_logprobs is None:
                 continue
             try:
-                request._prompt_logprobs[item.position] = self._texts.entry(item)
+                request.prompt_logprobs[item.position] = self._texts.entry(item)
             except Exception as error:
                 self._end(request, "error", error)
 

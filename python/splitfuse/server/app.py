@@ -17,12 +17,11 @@ from .. import __version__
 from . import health, metrics, openai_routes, page
 from .errors import ApiError
 from .guard import Guard
+from .protocol import invalid
 from .runtime import Runtime
 from .settings import Settings
 
 _log = logging.getLogger("splitfuse")
-_ERRORS = 10  # of a request's validation errors that are told
-_ERROR_LENGTH = 200
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -85,17 +84,8 @@ async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
-    """Names the fields at fault, and repeats little of what was sent: that could be long."""
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
-    told, param = [], None
-    for each in found[:_ERRORS]:
-        place = ".".join(str(part) for part in each.get("loc", ()) if part != "body")[:_ERROR_LENGTH]
-        param = param or place or None
-        told.append(f"{place}: {each.get('msg', 'invalid')}"[:_ERROR_LENGTH].removeprefix(": "))
-    if len(found) > _ERRORS:
-        told.append(f"and {len(found) - _ERRORS} more")
-    return _envelope(ApiError(400, "; ".join(told), param=param))
+    return _envelope(invalid(error.errors()))
 
 
 async def _on_http_error(_: Request, error: Exception) -> JSONResponse:

@@ -131,7 +131,7 @@ class _CompletionFrames(Frames):
         if delta.finish_reason is not None:
             more |= self._reply.finish(delta)
         if delta.logprobs is not None:
-            prompt = self._request._prompt_logprobs if first and self._reply.echo else None
+            prompt = self._request.prompt_logprobs if first and self._reply.echo else None
             more["logprobs"], self._offsets[delta.index] = self._reply.logprobs(
                 prompt,
                 self._request.prompt_token_ids,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 
-from .answers import answer, check_model, finish, prepare
+from .answers import check_model, finish, prepare
 from .errors import ApiError
 from .params import ignored, ignored_header
 from .protocol import (
@@ -28,8 +28,6 @@ from .reply import Reply, dumps
 from .runtime import Runtime
 from .sse import EventStream, until_gone
 from .texts import Texts
-
-__all__ = ["answer", "router"]
 
 router = APIRouter()
 

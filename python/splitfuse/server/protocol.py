@@ -265,12 +265,17 @@ def read(shape: type[BaseModel] | TypeAdapter[Any], body: Any) -> Any:
 
 
 def invalid(errors: Sequence[Any]) -> ApiError:
-    """What pydantic, or FastAPI around it, found wrong, as one line about the first of it."""
+    """What pydantic, or FastAPI around it, found wrong: one line about the first of it. Little of what was sent is
+    repeated, as it could be long."""
     if not errors:
         return ApiError(400, "the request is not valid")
     first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(
+            400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it can not be read')}"
+        )
     where = [ascii(part)[:80].strip("'") for part in first["loc"] if part not in _NOT_FIELDS]
     field = where[0] if where else None
-    place = ".".join(where) or "the body"
+    place = ".".join(where)[:200] or "the body"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return ApiError(400, f"{place}: {first['msg']}{more}", param=field)
+    return ApiError(400, f"{place}: {first['msg'][:200]}{more}", param=field)
