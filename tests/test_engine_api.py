@@ -212,6 +212,7 @@ def test_the_plan_adds_up(model: Path) -> None:
     [
         ("threads", -1),
         ("token_budget", -1),
+        ("max_step_tokens", -1),
         ("max_sequences", 0),
         ("block_size", 24),
         ("block_size", 0),
@@ -592,6 +593,28 @@ def test_a_measured_budget_holds_every_sequence(model: Path) -> None:
     capacity = engine.query()
     assert capacity.max_sequences == 200
     assert 200 <= capacity.token_budget <= 512
+    tokens, rates = zip(*engine.budget_curve(), strict=True)
+    assert list(tokens) == sorted(set(tokens))
+    assert min(rates) > 0
+    assert Run(model, token_budget=200).engine.budget_curve() == []
+
+
+def test_a_plan_may_exceed_the_budget_as_far_as_memory_was_taken(model: Path) -> None:
+    prompt = random_tokens(1, 100)
+    whole = Run(model, token_budget=16, max_step_tokens=1 << 20, blocks=10)
+    capacity, plan = whole.engine.query(), whole.engine.memory_plan
+    assert capacity.token_budget == 16
+    assert capacity.max_step_tokens == plan.max_step_tokens == capacity.max_model_len == 160
+    assert "forwards of up to 160 tokens" in str(plan)
+    split = Run(model, token_budget=16, blocks=10)
+    assert split.engine.query().max_step_tokens == 16
+    assert split.engine.memory_plan.workspace < plan.workspace
+    for run in (whole, split):
+        run.put(0, prompt, max_tokens=5, ignore_eos=True)
+    assert whole.step(_core.StepPlan([(0, 100)])).prefill_tokens == 100
+    with pytest.raises(_core.InvalidArgument, match="100 tokens, the forward takes 16"):
+        split.step(_core.StepPlan([(0, 100)]))
+    assert whole.finish_all().tokens == split.finish_all().tokens
 
 
 @pytest.mark.parametrize("tokens", [[2**40], [-(2**40)], np.array([2**40]), "abc", [1.5], [None], 5, None])

@@ -62,14 +62,18 @@ Sizing size_engine(const ModelConfig& model, const EngineConfig& config, const B
   plan.weights = lay_out_weights(model, backend, nullptr).bytes;
   plan.token_budget = config.token_budget > 0 ? config.token_budget : kLargestAutoBudget;
 
+  const AttentionShape one_block = attention_shape(model, config.block_size, 1);
+  const int64_t block_bytes = backend.kv_block_bytes(one_block.kv);
   limits.vocab = model.vocab_size;
   limits.max_context = config.max_model_len > 0 ? config.max_model_len : model.max_position;
+  if (config.kv_bytes > 0) {
+    const int64_t held = config.kv_bytes / block_bytes * config.block_size;
+    limits.max_context = static_cast<int32_t>(std::min<int64_t>(limits.max_context, held));
+  }
   limits.max_rows = std::max(plan.token_budget, std::min(config.max_step_tokens, limits.max_context));
   limits.max_seqs = std::min(config.max_sequences, plan.token_budget);
   limits.max_logit_rows = std::min(kMaxLogitRows, plan.token_budget);
   plan.max_step_tokens = limits.max_rows;
-  const AttentionShape one_block = attention_shape(model, config.block_size, 1);
-  const int64_t block_bytes = backend.kv_block_bytes(one_block.kv);
   plan.kv_bytes_per_token = block_bytes / config.block_size;
   plan.workspace =
       lay_out_workspace(model, backend.dtype(), limits, nullptr).bytes + backend.scratch_bytes(one_block, limits);
@@ -96,7 +100,7 @@ Sizing size_engine(const ModelConfig& model, const EngineConfig& config, const B
   limits.max_context = plan.max_model_len;
   if (plan.total() > plan.available) {
     throw MemoryError(cat("the memory plan does not fit:\n", plan.to_string(),
-                          "Make the KV pool smaller, lower token_budget, or free memory."));
+                          "Make the KV pool smaller, lower token_budget or max_model_len, or free memory."));
   }
   return sizing;
 }

@@ -206,6 +206,26 @@ TEST_P(AllocTest, ByACallersPlanAndInTheNextTurn) {
   EXPECT_EQ(total, 0);
 }
 
+TEST_P(AllocTest, ByAPlanBeyondTheBudget) {
+  EngineConfig large = config(256);
+  large.max_step_tokens = large.token_budget * 20;
+  Engine engine = make_tiny(large);
+  StepPlan plan;
+  for (SeqId id = 0; id < 6; ++id) {
+    SamplingParams params = every_parameter(static_cast<uint64_t>(id));
+    if (id % 2) params.prompt_logprobs = kMaxLogprobs;
+    ASSERT_TRUE(engine.put(id, random_tokens(static_cast<uint32_t>(id), 100), params));
+    plan.chunks.push_back({id, 100});
+  }
+  std::vector<SeqView> views;
+  engine.view(views);
+  EXPECT_EQ(views.size(), 6u);
+  const StepOutput* out = nullptr;
+  EXPECT_EQ(counted([&] { out = &engine.step(plan); }), 0);
+  EXPECT_EQ(out->prefill_tokens, 600);
+  EXPECT_EQ(out->prompt.size(), 3u * 99);
+}
+
 INSTANTIATE_TEST_SUITE_P(DTypes, AllocTest, ::testing::Values(DType::kF32, DType::kBF16),
                          [](const auto& info) { return std::string(dtype_name(info.param)); });
 

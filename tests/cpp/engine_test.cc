@@ -375,6 +375,7 @@ TEST(Engine, AWrongConfigurationIsNamed) {
   };
   refused("threads", [](auto& c) { c.threads = -1; });
   refused("token_budget", [](auto& c) { c.token_budget = -1; });
+  refused("max_step_tokens", [](auto& c) { c.max_step_tokens = -1; });
   refused("max_sequences", [](auto& c) { c.max_sequences = 0; });
   refused("block_size", [](auto& c) { c.block_size = 24; });
   refused("block_size", [](auto& c) { c.block_size = 0; });
