@@ -150,8 +150,7 @@ class Scheduler:
 
     def request_of(self, sequence: int) -> Request | None:
         """The request behind `SeqView.id`, for a `plan` that looks at more than counts."""
-        entry = self._live.get(sequence)
-        return entry[0] if entry is not None else None
+        return self._live.get(sequence, (None,))[0]
 
     def step(self) -> _core.StepOutput | None:
         """Takes in what was submitted and cancelled, runs the engine once and hands out what came of it. None
@@ -183,8 +182,7 @@ class Scheduler:
             return None
         began = time.monotonic()
         try:
-            plan = self.plan(*self.engine.view()) if self._overridden else None
-            output = self.engine.step(plan) if plan is not None else self.engine.step()
+            output = self.engine.step(self.plan(*self.engine.view()) if self._overridden else None)
         except Exception as error:
             _log.error("a step failed, and with it %d sequences: %s", len(self._live), error)
             self._end_live("error", error)
