@@ -327,8 +327,19 @@ def test_bench_throughput(model):
     assert facts["output_tokens"] == pytest.approx(facts["output_tokens_per_s"] * facts["seconds"])
     assert facts["of_roof"] > 0
     assert facts["forwards"] >= 8
+    assert facts["policy"] == "splitfuse"
     again = json.loads(run("bench", "throughput", model, *args).stdout)
     assert (again["input_tokens"], again["output_tokens"]) == (facts["input_tokens"], facts["output_tokens"])
+
+
+def test_bench_throughput_by_another_policy(model):
+    args = ["--requests", "3", "--input", "200", "--output", "4", "--json", *SMALL]
+    facts = json.loads(succeed("bench", "throughput", model, "--policy", "prefill_first", *args))
+    assert facts["policy"] == "prefill_first"
+    assert facts["forwards"] < facts["input_tokens"] / 48  # whole prompts at once
+    done = run("bench", "throughput", model, "--policy", "fifo", *args)
+    assert done.returncode == 2
+    assert "static_chunk" in done.stderr
 
 
 def test_bench_latency(model):

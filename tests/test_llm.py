@@ -13,6 +13,7 @@ import pytest
 import splitfuse
 from splitfuse import LLM, CheckpointError, ConfigError, InvalidArgument, SamplingParams, StateError
 from splitfuse.llm import engine_config, parse_bytes
+from splitfuse.policies import POLICIES
 
 SMALL = {"dtype": "float32", "kv_memory": "16MiB", "token_budget": 48, "max_sequences": 16, "verbose": False}
 TEXTS = ["the cat", "over the hills and far away", "x", "the other thing the others think"]
@@ -318,9 +319,33 @@ def test_the_memory_plan_is_printed_if_wanted(tiny_llama, capfd):
         assert "memory plan" in captured.err
         assert "KV pool" in captured.err
         assert llm.engine.describe() in captured.err
+        assert "budget 48:" not in captured.err
         assert captured.out == ""
     with LLM(tiny_llama(), **SMALL):
         assert capfd.readouterr().err == ""
+
+
+def test_a_measured_budget_is_explained(tiny_llama, capfd):
+    with LLM(tiny_llama(), **{**SMALL, "verbose": True, "token_budget": "auto"}) as llm:
+        said = capfd.readouterr().err
+        assert f"token budget {llm.engine.query().token_budget}: the fewest" in said
+        for tokens, rate in llm.engine.budget_curve():
+            assert f"{tokens}: {rate:,.0f}" in said
+
+
+@pytest.mark.parametrize("policy", ["splitfuse", "prefill_first", "mlfq"])
+def test_a_policy_changes_no_answer(llm, tiny_llama, policy):
+    with LLM(tiny_llama(), policy=policy, **SMALL) as other:
+        whole = policy == "prefill_first"
+        assert other.engine.memory_plan.max_step_tokens == (other.max_model_len if whole else 48)
+        assert isinstance(other.scheduler, POLICIES[policy])
+        prompts = [*TEXTS, list(range(200))]
+        assert tokens(other.generate(prompts, greedy())) == tokens(llm.generate(prompts, greedy()))
+
+
+def test_an_unknown_policy_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="no policy 'fifo'; there are: splitfuse, "):
+        LLM(tmp_path / "nowhere", policy="fifo")
 
 
 def test_leaving_a_stream_cancels_it(llm):

@@ -119,9 +119,12 @@ def load_engine(
 
 
 def _curve_text(curve: list[tuple[int, float]], chosen: int) -> str:
-    """The measurement behind `token_budget="auto"`, in one line."""
+    """The measurement behind `token_budget="auto"`."""
     points = ", ".join(f"{tokens}: {rate:,.0f}" for tokens, rate in curve)
-    return f"tokens of a forward: tokens/s  {points}; token budget {chosen}"
+    return (
+        f"token budget {chosen}: the fewest tokens within 5 % of the best speed, but no fewer than "
+        f"max_sequences\n  tokens/s by tokens of a forward: {points}"
+    )
 
 
 class LLM:
@@ -134,8 +137,8 @@ class LLM:
     of one forward. max_model_len: longest sequence, prompt and answer; None: what model and KV memory allow.
     kv_memory: of the KV cache, bytes or "512MiB"; "auto": 1 GiB, or one longest sequence if that is more.
     prefix_caching: reuse the keys and values of prompts that begin alike. policy: which tokens run in a
-    forward, a name of `splitfuse.policies`. verbose: print the memory plan on
-    stderr; None: where that is a terminal. It is logged either way.
+    forward, a name of `splitfuse.policies`. verbose: print memory plan and measured budget on stderr; None:
+    where that is a terminal. They are logged either way.
 
     All memory is taken here. Safe to use from several threads: their requests run together. `close()` gives
     the memory back; so does leaving a `with` block, or the end of the program.

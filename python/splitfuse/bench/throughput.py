@@ -7,11 +7,12 @@ import time
 from typing import Any
 
 from .._core import StepOutput
-from ..scheduler import Scheduler
+from ..policies import make_scheduler, step_tokens
 from .common import Bench, Table, emit, greedy, of_roof, open_bench, percentile, roof_facts
 
 
 def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    options["max_step_tokens"] = step_tokens(args.policy)
     with open_bench(args.model, args.seed, options) as bench:
         longest = bench.engine.memory_plan.max_model_len
         lengths = [
@@ -20,9 +21,10 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
         ]
         bench.check_fits(max(i + o for i, o in lengths))
         roof = bench.roof()
-        _measure(bench, lengths[: min(2, len(lengths))])  # warm up
+        _measure(bench, args.policy, lengths[:2])  # warm up
         seconds, steps, preemptions = min(
-            (_measure(bench, lengths) for _ in range(args.repeat)), key=lambda measured: measured[0]
+            (_measure(bench, args.policy, lengths) for _ in range(args.repeat)),
+            key=lambda measured: measured[0],
         )
         roof = roof.or_better(bench.roof())
         read, made = sum(i for i, _ in lengths), sum(o for _, o in lengths)
@@ -30,6 +32,7 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
         facts = {
             "name": bench.name,
             "engine": bench.engine.describe(),
+            "policy": args.policy,
             "token_budget": bench.engine.memory_plan.token_budget,
             "roof": roof_facts(roof),
             "requests": len(lengths),
@@ -55,11 +58,13 @@ def _length(bench: Bench, mean: int, most: int) -> int:
     return max(low, min(high, round(bench.rng.gauss(mean, 0.3 * mean))))
 
 
-def _measure(bench: Bench, lengths: list[tuple[int, int]]) -> tuple[float, list[StepOutput], int]:
+def _measure(
+    bench: Bench, policy: str, lengths: list[tuple[int, int]]
+) -> tuple[float, list[StepOutput], int]:
     """Seconds from the first submission to the last token, the steps, and how often a sequence was
     preempted."""
     prompts = [bench.prompt(read) for read, _ in lengths]
-    scheduler, steps, preemptions = Scheduler(bench.engine), [], 0
+    scheduler, steps, preemptions = make_scheduler(policy, bench.engine), [], 0
     begin = time.perf_counter()
     requests = [scheduler.submit(p, greedy(made)) for p, (_, made) in zip(prompts, lengths, strict=True)]
     while scheduler.has_work:
@@ -87,6 +92,6 @@ def _table(facts: dict[str, Any]) -> Table:
     ]
     title = (
         f"{facts['name']}: {facts['requests']} requests at once, {facts['input_tokens']} tokens in, "
-        f"{facts['output_tokens']} out"
+        f"{facts['output_tokens']} out, policy {facts['policy']}"
     )
     return title, ("", ""), rows

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from .options import add_engine, add_kernel, add_model, engine_options
+from .options import add_engine, add_kernel, add_model, add_policy, engine_options
 
 _EXAMPLES = """\
 examples:
@@ -62,6 +62,7 @@ def _add_throughput(what: Any) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of lengths and prompts (default: 0)"
     )
+    add_policy(parser)
     add_engine(parser, caches=False)
     parser.set_defaults(run=_with_engine("throughput"))
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import InvalidArgument
 from .generate import as_json
-from .options import add_engine, add_model, add_sampling, add_verbose, load_llm, sampling_params
+from .options import (
+    add_engine,
+    add_model,
+    add_policy,
+    add_sampling,
+    add_verbose,
+    load_llm,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -45,6 +53,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="with MESSAGE: print one JSON object")
     add_sampling(parser, None)
+    add_policy(parser)
     add_engine(parser)
     add_verbose(parser)
     parser.set_defaults(run=run)

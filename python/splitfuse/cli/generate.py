@@ -10,7 +10,15 @@ from typing import Any
 
 from .._core import InvalidArgument
 from ..request import Completion, RequestOutput, TokenLogprobs
-from .options import add_engine, add_model, add_sampling, add_verbose, load_llm, sampling_params
+from .options import (
+    add_engine,
+    add_model,
+    add_policy,
+    add_sampling,
+    add_verbose,
+    load_llm,
+    sampling_params,
+)
 
 _EXAMPLES = """\
 examples:
@@ -50,6 +58,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="with --json: log-probabilities of each token and the N likeliest",
     )
+    add_policy(parser)
     add_engine(parser)
     add_verbose(parser)
     parser.set_defaults(run=run)

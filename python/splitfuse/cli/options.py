@@ -108,7 +108,7 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
 def load_llm(args: argparse.Namespace) -> LLM:
     from ..llm import LLM
 
-    return LLM(args.model, verbose=args.verbose, **engine_options(args))
+    return LLM(args.model, policy=args.policy, verbose=args.verbose, **engine_options(args))
 
 
 _SAMPLING: dict[str, dict[str, Any]] = {
