@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import threading
@@ -46,8 +47,10 @@ class Running:
     def async_openai(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
-    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=PATIENCE, **options)
+    def post(self, path: str, body: Any) -> httpx.Response:
+        content = json.dumps(body).encode()  # in ASCII: httpx would not send half a surrogate pair
+        headers = {"Content-Type": "application/json"}
+        return httpx.post(self.url + path, content=content, headers=headers, timeout=PATIENCE)
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=PATIENCE)

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from ..request import Completion, Delta, Request, RequestOutput, SamplingParams, TokenLogprobs
+from .errors import ApiError
 from .frames import Frames
 from .logprobs import completion_logprobs, prompt_logprobs
 from .protocol import CompletionRequest
-from .reply import Reply
+from .reply import Reply, about
 from .runtime import Runtime
 from .texts import Prompt, Texts, truncate
 
@@ -38,21 +39,25 @@ class CompletionReply(Reply):
         else:
             self._read(asked, None)
 
-    def _read(self, asked: Sequence[str] | Sequence[list[int]], texts: Texts | None) -> None:
+    def _read(self, asked: Sequence[str | list[int]], texts: Texts | None) -> None:
         request = self._request
         most = self.runtime.max_model_len - (self.params.max_tokens or 1)
         prompts = []
-        for each in asked:
+        for number, each in enumerate(asked):
             if isinstance(each, str):
                 assert texts is not None
-                prompt = texts.encode(each, request.add_special_tokens is not False)
+                try:
+                    prompt = texts.encode(each, request.add_special_tokens is not False)
+                except ApiError as error:
+                    raise about(number, len(asked), error) from None
             else:
                 prompt = Prompt(None, each)
             prompts.append(truncate(prompt, request.truncate_prompt_tokens, most))
         self.prompts = prompts
         if self.echo and texts is not None:
             skip = self.params.skip_special_tokens
-            self.echoed = [p.text if p.text is not None else texts.decode(p.ids, skip) for p in prompts]
+            most = self.runtime.max_model_len  # a longer one is about to be refused
+            self.echoed = [texts.decode(p.ids[:most], skip) if p.text is None else p.text for p in prompts]
 
     def params_for(self, prompt: Prompt) -> SamplingParams:
         """The default length gives way to the context's end; one that was asked for is refused there."""

@@ -32,19 +32,13 @@ from .texts import Texts
 router = APIRouter()
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {
-        "model": ErrorEnvelope,
-        "description": "The request is not valid, or asks for what is not supported.",
-    },
+    400: {"model": ErrorEnvelope, "description": "Not valid, or not supported: the message names it."},
     401: {"description": "An API key is needed."},
     404: {"model": ErrorEnvelope, "description": "No such model."},
-    413: {"model": ErrorEnvelope, "description": "The body is too large."},
-    429: {"model": ErrorEnvelope, "description": "Too many requests wait; Retry-After says how long to."},
+    429: {"model": ErrorEnvelope, "description": "Too many requests wait. Retry-After: seconds."},
+    "4XX": {"model": ErrorEnvelope, "description": "Too large, too slow, or from where it may not come."},
     500: {"model": ErrorEnvelope, "description": "The engine failed."},
-    503: {
-        "model": ErrorEnvelope,
-        "description": "The server is loading, shutting down, or its engine is down.",
-    },
+    503: {"model": ErrorEnvelope, "description": "Loading, shutting down, or the engine is down."},
 }
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 

@@ -14,14 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapt
 from .errors import ApiError
 
 _INT32 = 2**31 - 1
-_NOT_FIELDS = {
-    "body",
-    "as text",
-    "as texts",
-    "as ids",
-    "as lists",
-    "as chat",
-}  # of a place: names of no field
+_NOT_FIELDS = {"body", "as text", "as list", "as texts", "as ids", "as lists", "as chat"}  # alternatives
 
 Count = Annotated[int, Field(ge=0, le=_INT32)]
 Positive = Annotated[int, Field(ge=1, le=_INT32)]
@@ -29,6 +22,16 @@ TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _text_or_list(value: Any) -> str | None:
+    return "as text" if isinstance(value, str) else "as list" if isinstance(value, list) else None
+
+
+# An error is about the alternative that was meant, not about each.
+_TEXT_OR_LIST = Discriminator(
+    _text_or_list, custom_error_type="text_or_list", custom_error_message="must be text or a list"
+)
 
 
 class _Model(BaseModel):
@@ -60,7 +63,13 @@ class SamplingFields(_Model):
     sampling_seed: Annotated[int, Field(ge=-1, lt=2**64)] | None = Field(
         None, description="SGLang's name of seed."
     )
-    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop: (
+        Annotated[
+            Annotated[str, Tag("as text")] | Annotated[list[str], Field(fail_fast=True), Tag("as list")],
+            _TEXT_OR_LIST,
+        ]
+        | None
+    ) = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -88,7 +97,13 @@ class TextPart(_Model):
 
 class Message(_Model):
     role: Annotated[str, Field(min_length=1)]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: (
+        Annotated[
+            Annotated[str, Tag("as text")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("as list")],
+            _TEXT_OR_LIST,
+        ]
+        | None
+    ) = None
 
 
 class ChatFields(_Model):

@@ -79,10 +79,7 @@ class Reply(ABC):
             try:
                 self.runtime.served.scheduler.check(prompt.ids, each)
             except InvalidArgument as error:
-                refusal = bad_argument(error)
-                if len(self.prompts) > 1:
-                    refusal = ApiError(400, f"prompt {number}: {error}", param=refusal.param)
-                raise refusal from None
+                raise about(number, len(self.prompts), bad_argument(error)) from None
         streams: list[Stream] = []
         try:
             for number, (prompt, each) in enumerate(zip(self.prompts, params, strict=True)):
@@ -131,6 +128,13 @@ class Reply(ABC):
         if not self.usage_at_end:
             return None
         return {**self.envelope(self.stream_kind), "choices": [], "usage": self.usage(requests)}
+
+
+def about(number: int, prompts: int, error: ApiError) -> ApiError:
+    """A refusal that says which prompt is meant, where there are several."""
+    if prompts == 1:
+        return error
+    return ApiError(error.status, f"prompt {number}: {error.message}", param=error.param)
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
