@@ -18,7 +18,8 @@ COMMAND = [sys.executable, "-m", "splitfuse"]
 SMALL = ["--dtype", "float32", "--kv-memory", "16MiB", "--token-budget", "48", "--max-sequences", "16"]
 HELP = [
     [], ["generate"], ["chat"], ["convert"], ["info"], ["bench"],
-    ["bench", "throughput"], ["bench", "latency"], ["bench", "kernels"], ["bench", "roofline"],
+    ["bench", "throughput"], ["bench", "latency"], ["bench", "saturation"], ["bench", "kernels"],
+    ["bench", "roofline"],
 ]  # fmt: skip
 
 
@@ -358,6 +359,64 @@ def test_bench_latency(model):
     text = run("bench", "latency", model, *args, "--no-host", *SMALL).stdout
     assert "of roof" in text
     assert "roof measured in this run" in text
+
+
+def test_bench_saturation(model, tmp_path):
+    plot = tmp_path / "saturation.png"
+    args = [
+        "--max",
+        "100",
+        "--prompt",
+        "30",
+        "--repeat",
+        "2",
+        "--kv-memory",
+        "16MiB",
+        "--max-sequences",
+        "16",
+    ]
+    facts = json.loads(succeed("bench", "saturation", model, *args, "--plot", plot, "--json"))
+    tokens = [row["tokens"] for row in facts["rows"]]
+    assert tokens == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
+    best = max(row["tokens_per_s"] for row in facts["rows"])
+    for row in facts["rows"]:
+        assert row["best_seconds"] <= row["seconds"]
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert row["of_best"] == pytest.approx(row["tokens_per_s"] / best)
+        assert row["of_roof"] == pytest.approx(row["tokens_per_s"] / row["roof_tokens_per_s"])
+    assert facts["plateau"] == next(row["tokens"] for row in facts["rows"] if row["of_best"] >= 0.95)
+    assert 16 <= facts["token_budget"] <= 512
+    assert [point[0] for point in facts["budget_curve"]] == [64, 128, 256, 512]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    text = succeed("bench", "saturation", model, *args, "--max", "9", "--token-budget", "48")
+    for word in ("knee", "plateau", "token budget, as given", "of roof"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--max", "1000"], "1000 tokens is more than this engine takes, 512"),
+        (["--max", "100", "--prompt", "2"], "50 sequences, more than the 16"),
+        (["--plot", "here.txt"], "must end in one of"),
+        (["--plot", "nowhere/here.png"], "there is no folder nowhere"),
+    ],
+)
+def test_bench_saturation_refuses(model, tmp_path, args, reason):
+    done = run("bench", "saturation", model, *args, *SMALL, cwd=tmp_path)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_plot_without_matplotlib_is_refused_at_once(model):
+    program = (
+        "import sys; sys.modules['matplotlib'] = None; from splitfuse.cli import main;"
+        "sys.exit(main(['bench', 'saturation', sys.argv[1], '--plot', 'x.png']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, model], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "splitfuse: error: a plot needs matplotlib: pip install 'splitfuse[bench]'\n"
 
 
 def test_bench_kernels_and_roofline(model):

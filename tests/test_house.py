@@ -54,6 +54,7 @@ PYTHON_FLOORS = {
 PYTHON_EXCEPTIONS = {
     "_progress.py": {"rich"},
     "bench/common.py": {"rich"},
+    "bench/saturation.py": {"matplotlib"},
     "bin_file.py": {"torch"},
     "chat_template.py": {"jinja2"},
     "gguf_file.py": {"gguf"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .options import add_engine, add_kernel, add_model, add_policy, engine_options
@@ -14,6 +15,7 @@ examples:
   splitfuse bench roofline
   splitfuse bench kernels demo --threads 1
   splitfuse bench latency demo --batch 1 8 32 --context 256
+  splitfuse bench saturation demo --plot saturation.png
   splitfuse bench throughput demo --requests 64 --input 512 --output 64 --json
 
 "of roof" is the least time that memory bandwidth and arithmetic, both measured in the same run, allow, over
@@ -31,6 +33,7 @@ def add_parser(commands: Any) -> None:
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     _add_throughput(what)
     _add_latency(what)
+    _add_saturation(what)
     _add_kernels(what)
     _add_roofline(what)
 
@@ -106,6 +109,37 @@ def _add_latency(what: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
     add_engine(parser, caches=False)
     parser.set_defaults(run=_with_engine("latency"))
+
+
+def _add_saturation(what: Any) -> None:
+    parser = _add(
+        what,
+        "saturation",
+        "one forward, by its tokens",
+        "Times forwards of 1, 2, 3, 4, 6, 8, ... tokens of prompts: where throughput stops to grow, a larger "
+        "token budget only makes every step longer.",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--max",
+        type=_count,
+        metavar="N",
+        help="tokens of the largest forward (default: 2048, or what the context allows)",
+    )
+    parser.add_argument(
+        "--prompt",
+        type=_count,
+        default=512,
+        metavar="N",
+        help="longest prompt; larger forwards are of several (default: 512)",
+    )
+    parser.add_argument(
+        "--repeat", type=_count, default=5, metavar="N", help="runs; the median counts (default: 5)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as .png, .svg, .pdf, ...")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
+    add_engine(parser, caches=False)
+    parser.set_defaults(run=_with_engine("saturation"))
 
 
 def _add_kernels(what: Any) -> None:
