@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from . import bench_serve
 from .options import add_engine, add_kernel, add_model, add_policy, engine_options
 
 _EXAMPLES = """\
@@ -34,6 +35,7 @@ def add_parser(commands: Any) -> None:
     _add_throughput(what)
     _add_latency(what)
     _add_saturation(what)
+    _add_serve(what)
     _add_kernels(what)
     _add_roofline(what)
 
@@ -109,6 +111,19 @@ def _add_latency(what: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
     add_engine(parser, caches=False)
     parser.set_defaults(run=_with_engine("latency"))
+
+
+def _add_serve(what: Any) -> None:
+    parser = _add(
+        what,
+        "serve",
+        "a server under load, or policies beside each other",
+        "FastGen's method: clients ask, and what counts is what came in time. On one engine with one policy after "
+        "the other, or against servers.",
+    )
+    parser.epilog = bench_serve.EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    bench_serve.add_options(parser, _count)
 
 
 def _add_saturation(what: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,14 +92,14 @@ class Grid:
         per_load = [len(self._workload.asks(load, 2, self._longest, 0)) for load in self._loads]
         return repeats * len(self._policies) * sum(per_load)
 
-    def run(self, repeats: int) -> Iterator[Cell]:
+    def run(self, repeats: int) -> Generator[Cell, None, None]:
         """Gives the cell whenever one of its requests ends. Policies take turns at each load, so that the
         machine's drift meets them alike."""
         for repeat, load, policy in itertools.product(range(repeats), self._loads, self._policies):
             cell = self.cells.setdefault((policy, str(load)), Cell(policy, load))
             yield from self._run_cell(cell, repeat)
 
-    def _run_cell(self, cell: Cell, repeat: int) -> Iterator[Cell]:
+    def _run_cell(self, cell: Cell, repeat: int) -> Generator[Cell, None, None]:
         workload, seed = self._workload, self._workload.seed + repeat
         warm_up = make_asks(_WARM_UP, workload.prompt, 4, self._vocab_size, self._longest, seed + 1)
         for _ in self._drive(cell.policy, warm_up, Load(clients=_WARM_UP), seed).run():

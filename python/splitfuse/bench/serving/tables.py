@@ -1,0 +1,71 @@
+"""The results of `splitfuse bench serve` as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..common import Table
+
+_COLUMNS = (
+    "", "load", "done", "req/s", "tok/s", "TTFT p50", "p95", "ITL p50", "p95", "p99", "lax", "mid", "tight",
+)  # fmt: skip
+
+
+def tables(facts: dict[str, Any]) -> list[Table]:
+    shape = facts["workload"]
+    forward = 1e3 * facts["forward_seconds"]
+    title = (
+        f"{facts['name']}: prompts of {shape['prompt']} tokens, answers of {shape['output']}; the forward of a mean "
+        f"prompt alone takes {forward:.0f} ms (latencies in ms; lax, mid, tight: requests/s within that SLA)"
+    )
+    found: list[Table] = [(title, _COLUMNS, [_row(cell) for cell in facts["cells"]])]
+    if "simulated" in facts:
+        found.append(("The same, simulated", _COLUMNS, [_row(cell) for cell in facts["simulated"]["cells"]]))
+    for name, source in (("measured", facts), ("simulated", facts.get("simulated", {}))):
+        if source.get("comparison"):
+            found.append(_comparison(source["comparison"], name))
+    if facts.get("scaling"):
+        rows = [
+            (str(r["replicas"]), f"{r['request_throughput']:.2f}", f"{r['times']:.2f}x")
+            for r in facts["scaling"]
+        ]
+        found.append(("Replicas", ("replicas", "req/s", "of one"), rows))
+    if not facts["complete"]:
+        found.append(("Cut short: the figures are of what had ended.", ("",), []))
+    return found
+
+
+def _row(cell: dict[str, Any]) -> tuple[str, ...]:
+    load = f"{cell['clients']}" if cell["clients"] is not None else f"{cell['request_rate']:g}/s"
+    effective = cell["effective_throughput"]
+    name = cell["policy"] + (" (few)" if cell["few_requests"] else "")
+    return (
+        name,
+        load,
+        f"{cell['completed']}" + (f" ({cell['failed']} failed)" if cell["failed"] else ""),
+        f"{cell['request_throughput']:.2f}",
+        f"{cell['total_token_throughput']:,.0f}",
+        *(
+            _ms(cell.get(key))
+            for key in ("p50_ttft_ms", "p95_ttft_ms", "p50_itl_ms", "p95_itl_ms", "p99_itl_ms")
+        ),
+        *(f"{effective[level]:.2f}" for level in ("lax", "mid", "tight")),
+    )
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _comparison(found: dict[str, Any], kind: str) -> Table:
+    ratio = found["effective_ratio"]
+    effective = "every request missed it" if ratio is None else f"{ratio:.2f}x"
+    rows = [(f"best effective throughput, SLA {found['sla']}", effective)]
+    rows += [
+        (f"95th percentile between tokens, {load}", f"{r:.2f}x lower")
+        for load, r in found["p95_itl_ratio"].items()
+    ]
+    rows += [
+        (f"raw throughput, {load}", f"{r:.3f}x") for load, r in found["request_throughput_ratio"].items()
+    ]
+    return f"splitfuse beside {found['base']}, {kind}", ("", ""), rows
