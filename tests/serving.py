@@ -17,13 +17,30 @@ import httpx
 import openai
 import uvicorn
 
+from splitfuse import Request
 from splitfuse.server.app import create_app
 from splitfuse.server.http_protocol import uvicorn_options
-from splitfuse.server.runtime import Runtime
+from splitfuse.server.runtime import Runtime, StepRecord
 from splitfuse.server.settings import Settings
 
 PATIENCE = 60.0  # seconds after which a test that waits has failed
 TINY_ENGINE = {"dtype": "float32", "threads": 1, "token_budget": 64, "kv_memory": "16MiB", "verbose": False}
+
+
+class Watch:
+    """An observer that only writes down."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.reasons: list[str] = []
+        """Why answers have ended."""
+
+    def on_step(self, step: StepRecord) -> None:
+        self.steps += 1
+
+    def on_end(self, request: Request) -> None:
+        assert request.output is not None
+        self.reasons += [answer.finish_reason for answer in request.output.outputs]
 
 
 class Running:
@@ -63,6 +80,15 @@ class Running:
     def wait_idle(self) -> None:
         """Until nothing runs and no block is held; fails if that never comes."""
         wait_until(lambda: not self.runtime.open_requests and self.used_blocks() == 0)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Watch]:
+        watch = Watch()
+        self.runtime.observers.append(watch)
+        try:
+            yield watch
+        finally:
+            self.runtime.observers.remove(watch)
 
     def on_loop(self, call: Any) -> Any:
         """Runs the coroutine that `call` makes on the server's event loop."""

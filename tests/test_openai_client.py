@@ -377,7 +377,7 @@ def test_too_many_requests(model: Path) -> None:
         serving(model, engine={"max_sequences": 1}, limits=limits) as server,
         server.openai() as client,
         client.completions.create(
-            model=server.model, prompt="a", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+            model=server.model, prompt="a", max_tokens=8000, stream=True, extra_body={"ignore_eos": True}
         ) as running,
     ):
         next(iter(running))
@@ -386,8 +386,10 @@ def test_too_many_requests(model: Path) -> None:
             waiting.completions.create(model=server.model, prompt="a", max_tokens=4000)
         wait_until(lambda: server.runtime.queued == 0)  # it gave up, and so did we on it
         both: dict[str, Any] = {"model": server.model, "prompt": ["a", "b"], "max_tokens": 4}
-        with pytest.raises(openai.RateLimitError) as caught:
-            client.completions.create(**both)
+        with server.watched() as watch:
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.completions.create(**both)
+            wait_until(lambda: "abort" in watch.reasons)  # the first of both had been let in
         assert int(caught.value.response.headers["retry-after"]) >= 1
 
 
@@ -426,13 +428,15 @@ def _break(server: Running) -> None:
 
 
 def test_leaving_a_stream_frees_its_blocks(server: Running, client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(
-        model="tiny", messages=MESSAGES, stream=True, n=2, extra_body={"ignore_eos": True}
-    )
-    next(iter(stream))
-    wait_until(lambda: server.used_blocks() > 0)
-    stream.close()
-    server.wait_idle()
+    with server.watched() as watch:
+        stream = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, stream=True, n=2, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        wait_until(lambda: server.used_blocks() > 0)
+        stream.close()
+        server.wait_idle()
+    assert watch.reasons == ["abort", "abort"]
 
 
 def test_leaving_an_answer_frees_its_blocks(server: Running) -> None:
@@ -449,8 +453,10 @@ def test_leaving_an_answer_frees_its_blocks(server: Running) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await asking
 
-    asyncio.run(leave())
-    server.wait_idle()
+    with server.watched() as watch:
+        asyncio.run(leave())
+        server.wait_idle()
+    assert watch.reasons == ["abort", "abort"]
 
 
 # ---------------------------------------------------------------- many at once

@@ -215,14 +215,16 @@ def _raw(server: Running, path: str, body: Any, receive_buffer: int = 0) -> sock
     "body", [{"stream": True}, {}, {"n": 3}, {"prompt": ["a", "b"], "stream": True}], ids=str
 )
 def test_whoever_leaves_is_computed_for_no_more(server: Running, body: dict[str, Any]) -> None:
-    connection = _raw(server, COMPLETIONS, {"prompt": "a", **ENDLESS, **body})
-    wait_until(lambda: server.used_blocks() > 0)
-    connection.close()
-    server.wait_idle()
+    with server.watched() as watch:
+        connection = _raw(server, COMPLETIONS, {"prompt": "a", **ENDLESS, **body})
+        wait_until(lambda: server.used_blocks() > 0)
+        connection.close()
+        server.wait_idle()
+    assert set(watch.reasons) == {"abort"}
 
 
 def test_leaving_while_queued(model: Path) -> None:
-    with serving(model, engine={"max_sequences": 1}) as server:
+    with serving(model, engine={"max_sequences": 1}) as server, server.watched() as watch:
         running = _raw(server, COMPLETIONS, {"prompt": "a", **ENDLESS})
         wait_until(lambda: server.used_blocks() > 0)
         waiting = [_raw(server, COMPLETIONS, {"prompt": "b", "stream": s, **ENDLESS}) for s in (True, False)]
@@ -232,12 +234,13 @@ def test_leaving_while_queued(model: Path) -> None:
         wait_until(lambda: server.runtime.queued == 0)
         running.close()
         server.wait_idle()
+        assert watch.reasons == ["abort"] * 3
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a", "b"]], ids=["one", "several"])
 def test_a_reader_that_takes_nothing_is_cut_off(model: Path, prompt: Any) -> None:
     """Its blocks are freed, and its connection is broken without a clean end."""
-    with serving(model, stall_timeout=0.2) as server:
+    with serving(model, stall_timeout=0.2) as server, server.watched() as watch:
         body = {"prompt": prompt, "stream": True, "logprobs": 20, **ENDLESS}
         connection = _raw(server, COMPLETIONS, body, receive_buffer=4096)
         wait_until(lambda: server.used_blocks() > 0)
@@ -250,31 +253,18 @@ def test_a_reader_that_takes_nothing_is_cut_off(model: Path, prompt: Any) -> Non
             pass
         assert b"[DONE]" not in received
         assert not received.endswith(b"0\r\n\r\n")
+        assert set(watch.reasons) == {"abort"}
 
 
 # ---------------------------------------------------------------- batches of prompts
 
 
 def test_one_bad_prompt_stops_all_before_anything_runs(server: Running) -> None:
-    steps: list[Any] = []
-
-    class Watch:
-        def on_step(self, step: Any) -> None:
-            steps.append(step)
-
-        def on_end(self, request: Any) -> None:
-            pass
-
-    watch = Watch()
-    server.runtime.observers.append(watch)
-    try:
+    with server.watched() as watch:
         for prompts in ([[1], [2], [331]], [[1], []], ["a", "b" * 60000]):
             error = refusal(server, COMPLETIONS, {"prompt": prompts})
-            number = len(prompts) - 1
-            assert error["message"].startswith(f"prompt {number}: "), error
-    finally:
-        server.runtime.observers.remove(watch)
-    assert steps == []
+            assert error["message"].startswith(f"prompt {len(prompts) - 1}: "), error
+    assert (watch.steps, watch.reasons) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -537,8 +527,10 @@ def test_an_answer_without_http_can_be_cancelled(server: Running) -> None:
         with pytest.raises(asyncio.CancelledError):
             await asking
 
-    server.on_loop(leave)
-    server.wait_idle()
+    with server.watched() as watch:
+        server.on_loop(leave)
+        server.wait_idle()
+    assert watch.reasons == ["abort", "abort"]
 
 
 # ---------------------------------------------------------------- the schema

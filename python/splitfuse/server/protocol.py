@@ -117,7 +117,9 @@ class ChatFields(_Model):
 
 
 class ChatRequest(ChatFields, SamplingFields):
-    max_completion_tokens: Count | None = None
+    max_tokens: Positive | None = None
+    max_new_tokens: Positive | None = Field(None, description="SGLang's name of max_tokens.")
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
 
