@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..._progress import CountBar, on_terminal
 from .drive import Load
+from .facts import sla_facts, workload_facts
 from .http_load import HttpOptions, closed_loop, poisson
 from .policies import Workload
 from .replicas import replicas
 from .report import summarize
-from .facts import sla_facts, workload_facts
 from .sla import Sla, published, scaled
 from .workload import Ask, Record, make_asks
 

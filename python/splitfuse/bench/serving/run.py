@@ -17,8 +17,8 @@ from ..._progress import CountBar, on_terminal
 from ...policies import step_tokens
 from ..common import Bench, emit, open_bench, roof_facts
 from .drive import Clock, Load
-from .policies import Grid, Workload, compare, forward_seconds
 from .facts import sla_facts, workload_facts
+from .policies import Grid, Workload, compare, forward_seconds
 from .sla import Sla, published, scaled
 from .tables import tables
 

@@ -1,0 +1,203 @@
+"""Clients over HTTP, as cheap as they can be: they share the machine with the server they measure."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..._core import ConfigError
+from .drive import Load
+from .workload import Ask, Record
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_WORDS = (
+    "the", "a", "of", "and", "to", "in", "is", "it", "on", "as", "at", "by", "we", "he", "or", "an", "be", "so", "if",
+    "my", "up", "do", "no", "me", "us", "go", "am",
+)  # fmt: skip
+_FRAME = b"data: "
+_DONE = b"[DONE]"
+_ERROR_LENGTH = 200  # characters of a server's refusal that are kept
+
+OnRecord = Callable[[Record], None]
+
+
+@dataclass(frozen=True)
+class HttpOptions:
+    """How servers are spoken to. `model`: None asks /v1/models. `text`: prompts as words, about one a token."""
+
+    endpoint: str = "completions"
+    model: str | None = None
+    api_key: str | None = None
+    text: bool = False
+    timeout: float = 600.0
+    """Seconds for one request."""
+
+
+async def closed_loop(
+    urls: Sequence[str],
+    asks: Sequence[Ask],
+    clients: int,
+    *,
+    options: HttpOptions,
+    on_record: OnRecord | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """`clients` that ask again as soon as they were answered; client i talks to server i modulo their number.
+    `on_record` is called as each request ends, so what there is survives a cancellation."""
+    remaining = iter(asks)
+    starts = Load(clients=clients).first_arrivals(len(asks), seed)
+
+    async def client(session: Session, number: int, start: float) -> None:
+        await asyncio.sleep(start)
+        for ask in remaining:
+            await session.ask(urls[number % len(urls)], ask)
+
+    return await _all(
+        urls, options, on_record, lambda session: [client(session, i, s) for i, s in enumerate(starts)]
+    )
+
+
+async def poisson(
+    urls: Sequence[str],
+    asks: Sequence[Ask],
+    rate: float,
+    *,
+    options: HttpOptions,
+    on_record: OnRecord | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """Requests at `rate` a second with exponential gaps, to the servers in turn."""
+    starts = Load(rate=rate).first_arrivals(len(asks), seed)
+
+    async def one(session: Session, number: int, start: float) -> None:
+        await asyncio.sleep(start)
+        await session.ask(urls[number % len(urls)], asks[number])
+
+    return await _all(
+        urls, options, on_record, lambda session: [one(session, i, s) for i, s in enumerate(starts)]
+    )
+
+
+async def _all(
+    urls: Sequence[str],
+    options: HttpOptions,
+    on_record: OnRecord | None,
+    make: Callable[[Session], list[Coroutine[Any, Any, None]]],
+) -> list[Record]:
+    async with _http(options) as http:
+        session = Session(http, options, on_record)
+        await session.find_model(urls[0])
+        await asyncio.gather(*make(session))
+    return session.records
+
+
+def _http(options: HttpOptions) -> aiohttp.ClientSession:
+    try:
+        import aiohttp
+    except ImportError:
+        raise ConfigError("measuring servers needs aiohttp: pip install 'splitfuse[bench]'") from None
+    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=options.timeout),
+        headers=headers,
+    )
+
+
+class Session:
+    """Sends requests and keeps their records."""
+
+    def __init__(self, http: aiohttp.ClientSession, options: HttpOptions, on_record: OnRecord | None) -> None:
+        self.records: list[Record] = []
+        self._http = http
+        self._options = options
+        self._on_record = on_record
+        self._model = options.model
+
+    async def find_model(self, url: str) -> None:
+        if self._model is not None:
+            return
+        async with self._http.get(f"{url}/v1/models") as response:
+            if response.status != 200:
+                raise OSError(f"{url}/v1/models answers {response.status}: {await _told(response)}")
+            self._model = (await response.json())["data"][0]["id"]
+
+    async def ask(self, url: str, ask: Ask) -> None:
+        """Adds the record of one request; whatever goes wrong is its error."""
+        path, body = self._request(ask)
+        record = Record(len(ask.prompt), ask.output, time.perf_counter())
+        try:
+            async with self._http.post(f"{url}{path}", data=body, headers=_JSON) as response:
+                if response.status != 200:
+                    record.error = f"{response.status}: {await _told(response)}"
+                else:
+                    await _read(response, record)
+        except (OSError, asyncio.TimeoutError, ValueError) as error:
+            record.error = str(error) or type(error).__name__
+        except Exception as error:
+            if not type(error).__module__.startswith("aiohttp"):
+                raise
+            record.error = f"{type(error).__name__}: {error}"
+        record.ended = time.perf_counter()
+        if record.error is None and len(record.tokens) < ask.output:
+            record.error = f"{len(record.tokens)} tokens came, not {ask.output}"
+        self.records.append(record)
+        if self._on_record is not None:
+            self._on_record(record)
+
+    def _request(self, ask: Ask) -> tuple[str, bytes]:
+        """FastGen's sampling, with the answer's length forced."""
+        body: dict[str, Any] = {
+            "model": self._model,
+            "max_tokens": ask.output,
+            "min_tokens": ask.output,
+            "ignore_eos": True,
+            "temperature": 1.0,
+            "top_p": 0.9,
+            "stream": True,
+        }
+        text = " ".join(_words(ask)) if self._options.text or self._options.endpoint == "chat" else None
+        if self._options.endpoint == "chat":
+            body["messages"] = [{"role": "user", "content": text}]
+            return "/v1/chat/completions", json.dumps(body).encode()
+        body["prompt"] = ask.prompt if text is None else text
+        return "/v1/completions", json.dumps(body).encode()
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+async def _read(response: aiohttp.ClientResponse, record: Record) -> None:
+    """Notes when each token came. A frame is a token: those that hold none (the first of a chat, usage) hold
+    no text and no reason to finish either."""
+    rest = b""
+    async for data in response.content.iter_any():
+        now = time.perf_counter()
+        *frames, rest = (rest + data).split(b"\n\n")
+        for frame in frames:
+            if not frame.startswith(_FRAME) or frame.endswith(_DONE):
+                continue
+            if b'"error"' in frame and (error := json.loads(frame[len(_FRAME) :]).get("error")):
+                record.error = str(error.get("message", error))[:_ERROR_LENGTH]
+            elif not _is_bare(frame):
+                record.tokens.append(now)
+
+
+def _is_bare(frame: bytes) -> bool:
+    return b'"choices":[]' in frame or b'"choices": []' in frame or b'"role":' in frame
+
+
+async def _told(response: aiohttp.ClientResponse) -> str:
+    return (await response.text())[:_ERROR_LENGTH]
+
+
+def _words(ask: Ask) -> Iterator[str]:
+    rng = random.Random(ask.prompt[0])
+    return (rng.choice(_WORDS) for _ in ask.prompt)
