@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..request import Request
 from .chat import ChatReply
 from .completions import CompletionReply
 from .errors import ApiError
@@ -37,8 +38,8 @@ async def prepare(runtime: Runtime, request: ChatRequest | CompletionRequest) ->
     return reply
 
 
-async def finish(reply: Reply, streams: list[Stream]) -> dict[str, Any]:
-    """The whole answer, once it is there. Raises ApiError if a request fails; it takes the others along."""
+async def ended(streams: list[Stream]) -> list[Request]:
+    """The requests, once all are done. Raises ApiError if one fails; it takes the others along."""
     try:
         for stream in streams:
             await stream.result()
@@ -46,9 +47,7 @@ async def finish(reply: Reply, streams: list[Stream]) -> dict[str, Any]:
         for stream in streams:
             stream.cancel()
         raise
-    requests = [stream.request for stream in streams if stream.request is not None]
-    body: dict[str, Any] = await reply.runtime.in_worker(reply.body, requests)
-    return body
+    return [stream.request for stream in streams if stream.request is not None]
 
 
 async def answer(runtime: Runtime, url: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -61,7 +60,7 @@ async def answer(runtime: Runtime, url: str, body: Mapping[str, Any]) -> tuple[i
         if request.stream:
             raise ApiError(400, "there is nothing to stream to", param="stream")
         reply = await prepare(runtime, request)
-        whole = await finish(reply, reply.submit())
+        whole: dict[str, Any] = await runtime.in_worker(reply.body, await ended(reply.submit()))
     except ApiError as error:
         return error.status, error.body
     if reply.ignored:

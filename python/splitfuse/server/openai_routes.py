@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 
-from .answers import check_model, finish, prepare
+from .answers import check_model, ended, prepare
 from .errors import ApiError
 from .params import ignored, ignored_header
 from .protocol import (
@@ -78,20 +78,17 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 async def tokenize(request: Request, body: Annotated[TokenizeRequest, Body()]) -> Response:
     runtime: Runtime = request.app.state.runtime
     check_model(runtime, body.model)
-    unknown, texts = ignored(body), Texts(runtime)
-    if isinstance(body, TokenizeChat):
-        prompt = await runtime.in_worker(texts.encode_chat, body, bool(body.add_special_tokens))
-    else:
-        prompt = await runtime.in_worker(texts.encode, body.prompt, body.add_special_tokens is not False)
-    spelled = texts.spell(prompt.ids) if body.return_token_strs else None
-    count = len(prompt.ids)
-    answer = {
-        "count": count,
-        "max_model_len": runtime.max_model_len,
-        "tokens": prompt.ids,
-        "token_strs": spelled,
-    }
-    return _json(answer, unknown)
+    unknown, texts, most = ignored(body), Texts(runtime), runtime.max_model_len
+
+    def work() -> str:
+        if isinstance(body, TokenizeChat):
+            ids = texts.encode_chat(body, bool(body.add_special_tokens)).ids
+        else:
+            ids = texts.encode(body.prompt, body.add_special_tokens is not False).ids
+        spelled = texts.spell(ids) if body.return_token_strs else None
+        return dumps({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": spelled})
+
+    return _json(await runtime.in_worker(work), unknown)
 
 
 @router.post("/detokenize", response_model=DetokenizeAnswer, responses=_REFUSALS)
@@ -103,7 +100,8 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
         raise ApiError(
             400, f"tokens: {max(body.tokens)} is outside the vocabulary, 0 to {size - 1}", param="tokens"
         )
-    return _json({"prompt": await runtime.in_worker(texts.decode, body.tokens, False)}, unknown)
+    text = await runtime.in_worker(texts.decode, body.tokens, False)
+    return _json(dumps({"prompt": text}), unknown)
 
 
 async def _respond(request: Request, reply: Reply) -> Response:
@@ -120,13 +118,13 @@ async def _respond(request: Request, reply: Reply) -> Response:
 
     watcher = asyncio.ensure_future(watch())
     try:
-        return _json(await finish(reply, streams), reply.ignored)
+        return _json(await reply.runtime.in_worker(reply.text, await ended(streams)), reply.ignored)
     finally:
         watcher.cancel()
 
 
-def _json(value: dict[str, Any], unknown: list[str]) -> Response:
-    return Response(dumps(value), media_type="application/json", headers=ignored_header(unknown))
+def _json(text: str, unknown: list[str]) -> Response:
+    return Response(text, media_type="application/json", headers=ignored_header(unknown))
 
 
 def _card(runtime: Runtime, name: str) -> dict[str, Any]:

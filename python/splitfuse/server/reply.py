@@ -113,6 +113,10 @@ class Reply(ABC):
         ]
         return {**self.envelope(self.kind), "choices": choices, "usage": self.usage(requests)}
 
+    def text(self, requests: Sequence[Request]) -> str:
+        """The same as JSON."""
+        return dumps(self.body(requests))
+
     def usage(self, requests: Sequence[Request]) -> dict[str, Any]:
         made = sum(
             len(self.shown_tokens(answer.token_ids))
