@@ -16,6 +16,7 @@ import numpy as np
 
 from ..._core import InvalidArgument, Limits, SeqView, StepPlan, plan_splitfuse
 
+_ALL = 1 << 40
 _LENGTH = 2  # StepOutput.finish of an answer that has its length
 
 
@@ -132,7 +133,7 @@ class SimulatedEngine:
         return any(not s.finished for s in self._sequences.values())
 
     def view(self) -> tuple[list[SeqView], Limits]:
-        return self._views(self.memory_plan.max_step_tokens), self._limits()
+        return self._views(_ALL), self._limits()
 
     def step(self, plan: StepPlan | None = None) -> Any:
         if plan is None:
@@ -183,7 +184,8 @@ class SimulatedEngine:
         )
 
     def _views(self, tokens: int) -> list[SeqView]:
-        """As the engine lists them: all that hold blocks, and of the others as many as `tokens` could take."""
+        """As the engine lists them: all that hold blocks, and of the others as many as `tokens` and a forward's
+        sequences allow."""
         slots = self.max_sequences
         views = []
         for s in sorted(self._sequences.values(), key=lambda s: (s.priority, s.arrival)):
