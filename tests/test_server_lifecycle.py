@@ -1,0 +1,283 @@
+"""How a server begins, fails, comes back, and ends."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from serving import PATIENCE, serving, wait_until
+
+pytestmark = pytest.mark.machine_independent
+
+
+class Process:
+    """`splitfuse serve` as an operator runs it."""
+
+    def __init__(self, *arguments):
+        command = [sys.executable, "-m", "splitfuse", "serve", *map(str, arguments)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.lines = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    @property
+    def url(self):
+        wait_until(lambda: self.lines or self.process.poll() is not None)
+        return re.search(r"http://[\d.]+:\d+", self.lines[0])[0]
+
+    def wait_ready(self):
+        wait_until(lambda: any("serving" in line for line in self.lines))
+        assert httpx.get(self.url + "/ready").status_code == 200
+
+    def end(self):
+        """The exit code, and what it printed."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code, "".join(self.lines)
+
+
+@contextlib.contextmanager
+def process(*arguments):
+    served = Process(*arguments)
+    try:
+        yield served
+    finally:
+        served.process.kill()
+        served.process.wait()
+
+
+SMALL = ("--port", 0, "--threads", 1, "--dtype", "float32", "--kv-memory", "16MiB", "--token-budget", 64)
+
+
+def stream(url, tokens):
+    body = {"prompt": [1, 2, 3], "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    return httpx.stream("POST", url + "/v1/completions", json=body, timeout=PATIENCE)
+
+
+def counted(lines):
+    """(tokens, whether it ended as it should) of a stream's lines."""
+    found = [line for line in lines if line.startswith("data: ")]
+    return sum('"finish_reason"' in line for line in found), bool(found) and found[-1] == "data: [DONE]"
+
+
+# ---------------------------------------------------------------- the beginning
+
+
+def test_what_can_not_be_loaded_is_one_line(tmp_path):
+    with process(tmp_path / "nothing", *SMALL) as served:
+        code, said = served.end()
+    assert code == 2
+    assert said.splitlines()[-1].startswith("splitfuse: error: ")
+    assert "nothing" in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+def test_a_port_that_is_taken_is_one_line(tiny_llama):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with process(tiny_llama(), "--port", port) as served:
+            code, said = served.end()
+    assert code == 2
+    assert f"can't listen on 127.0.0.1 port {port}" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--drain-timeout", "-1"), "drain_timeout"),
+        (("--port", "99999"), "port must be 0 to 65535"),
+        (("--api-key", ""), "an API key is empty"),
+        (("--policy", "fifo"), "invalid choice: 'fifo'"),
+        (("--api-key-file", os.devnull), "holds no API key"),
+    ],
+)
+def test_wrong_options_are_one_line(tiny_llama, arguments, message):
+    with process(tiny_llama(), *arguments) as served:
+        code, said = served.end()
+    assert code == 2
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_until_the_model_is_loaded_it_says_so(tiny_llama, monkeypatch):
+    loading = threading.Event()
+    from splitfuse.server.runtime import Runtime
+
+    load = Runtime._load
+    monkeypatch.setattr(Runtime, "_load", lambda self: (loading.wait(PATIENCE), load(self))[1])
+    answers = []
+
+    def look(url):
+        answers.extend(httpx.get(url + path) for path in ("/health", "/ready"))
+        answers.append(httpx.post(url + "/v1/completions", json={"prompt": "a"}))
+        loading.set()
+
+    found = {}
+    create = socket.create_server
+
+    def listen(*arguments, **options):
+        listener = found["listener"] = create(*arguments, **options)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        threading.Thread(target=look, args=(url,)).start()
+        return listener
+
+    monkeypatch.setattr("serving.socket.create_server", listen)
+    with serving(tiny_llama()) as server:
+        assert server.get("/ready").status_code == 200
+    assert [answer.status_code for answer in answers] == [503, 503, 503]
+    assert all(answer.headers["retry-after"] == "1" for answer in answers)
+    assert answers[2].json()["error"]["type"] == "ServiceUnavailableError"
+
+
+# ---------------------------------------------------------------- the end
+
+
+def test_sigterm_lets_what_runs_finish_and_takes_nothing_new(smollm2):  # a tiny model would have finished
+    with process(smollm2, "--port", 0, "--threads", 1, "--kv-memory", "64MiB") as served:
+        served.wait_ready()
+        with stream(served.url, 300) as answer:
+            lines = answer.iter_lines()
+            first = [next(lines) for _ in range(4)]
+            served.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: httpx.get(served.url + "/ready").status_code == 503)
+            refused = httpx.post(served.url + "/v1/completions", json={"prompt": "a"})
+            assert refused.status_code == 503
+            assert httpx.get(served.url + "/health").status_code == 200
+            assert counted([*first, *lines]) == (300, True)
+        code, said = served.end()
+    assert code == 0
+    assert "1 requests may finish" in said
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_does_not_finish_in_time_is_cut(tiny_llama, signals):
+    """After the drain timeout, or at the second signal."""
+    with process(tiny_llama(), *SMALL, "--drain-timeout", 0.2 if signals == 1 else 60) as served:
+        served.wait_ready()
+        with stream(served.url, 480) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            served.process.send_signal(signal.SIGSTOP)  # so that it can't finish before the signal is seen
+            for _ in range(signals):
+                served.process.send_signal(signal.SIGTERM)
+                served.process.send_signal(signal.SIGCONT)
+                time.sleep(0.15 if signals == 2 else 0)
+            with contextlib.suppress(httpx.RemoteProtocolError):
+                list(lines)
+        began = time.monotonic()
+        code, _ = served.end()
+    assert code == 0
+    assert time.monotonic() - began < 30
+
+
+# ---------------------------------------------------------------- failures
+
+
+def break_engine(server, *, hang=None):
+    """Replaces the engine under the scheduler by one whose step raises, or waits for the event `hang`."""
+    real = server.scheduler.engine
+
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def step(self, plan=None):
+            if hang is None:
+                raise RuntimeError("the kernel is on fire")
+            hang.wait(PATIENCE)
+            return real.step(plan)
+
+    server.scheduler.engine = Failing()
+
+
+def test_a_failed_engine_ends_its_requests_and_says_so(tiny_llama):
+    with serving(tiny_llama(), engine={"max_sequences": 1}) as server:
+        break_engine(server)
+        client = server.openai()
+        with pytest.raises(openai.InternalServerError, match="engine") as caught:
+            client.completions.create(model=server.model, prompt="a", max_tokens=400)
+        assert "fire" not in str(caught.value)
+        assert server.get("/health").status_code == 503
+        assert server.get("/ready").status_code == 503
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(model=server.model, prompt="a")
+        assert caught.value.status_code == 503
+        assert server.runtime.open_requests == 0
+
+
+def test_a_stream_is_told_of_the_failure(tiny_llama):
+    with serving(tiny_llama()) as server:
+        with stream(server.url, 480) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            break_engine(server)
+            rest = [line for line in lines if line.startswith("data: ")]
+        assert json.loads(rest[-2][6:])["error"]["code"] == 500
+        assert rest[-1] == "data: [DONE]"
+
+
+def test_with_restarts_it_comes_back(tiny_llama):
+    with serving(tiny_llama(), restarts=1) as server:
+        expected = server.post("/v1/completions", {"prompt": "a", "temperature": 0, "max_tokens": 5}).json()
+        break_engine(server)
+        assert server.post("/v1/completions", {"prompt": "a"}).status_code == 500
+        wait_until(lambda: server.get("/ready").status_code == 200)
+        again = server.post("/v1/completions", {"prompt": "a", "temperature": 0, "max_tokens": 5}).json()
+        assert again["choices"] == expected["choices"]
+        assert server.runtime.restarts == 1
+        break_engine(server)
+        assert server.post("/v1/completions", {"prompt": "a"}).status_code == 500
+        wait_until(lambda: server.get("/health").status_code == 503)
+
+
+def test_a_step_that_hangs_shows(tiny_llama):
+    with serving(tiny_llama(), health_timeout=0.3) as server:
+        hang = threading.Event()
+        break_engine(server, hang=hang)
+        done = []
+        asking = threading.Thread(
+            target=lambda: done.append(server.post("/v1/completions", {"prompt": "a", "max_tokens": 3}))
+        )
+        asking.start()
+        wait_until(lambda: server.get("/health").status_code == 503)
+        assert "no step has ended" in server.get("/health").json()["status"]
+        hang.set()
+        asking.join(PATIENCE)
+        assert done[0].status_code == 200
+        assert server.get("/health").status_code == 200
+
+
+def test_a_full_queue_is_429(tiny_llama):
+    from splitfuse.server.settings import Limits
+
+    with serving(tiny_llama(), engine={"max_sequences": 1}, limits=Limits(queued=2)) as server:
+        hang = threading.Event()
+        break_engine(server, hang=hang)
+        body = {"prompt": "a", "max_tokens": 2}
+        asking = [threading.Thread(target=server.post, args=("/v1/completions", body)) for _ in range(3)]
+        asking[0].start()
+        wait_until(lambda: server.runtime.open_requests == 1 and server.runtime.queued == 0)
+        for thread in asking[1:]:
+            thread.start()
+        wait_until(lambda: server.runtime.queued == 2)
+        refused = server.post("/v1/completions", body)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (429, "RateLimitError")
+        assert int(refused.headers["retry-after"]) >= 1
+        hang.set()
+        for thread in asking:
+            thread.join(PATIENCE)
+        server.wait_idle()
