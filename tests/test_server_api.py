@@ -492,6 +492,33 @@ def test_tokens_that_are_none(server: Running, tokens: list[Any]) -> None:
     assert refusal(server, "/detokenize", {"tokens": tokens})["param"] == "tokens"
 
 
+def test_a_model_without_a_tokenizer(model: Path, tmp_path: Path) -> None:
+    folder = copy_of(model, tmp_path / "bare")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    with serving(folder) as server:
+        body = {
+            "prompt": [1, 2],
+            "max_tokens": 3,
+            "logprobs": 1,
+            "return_token_ids": True,
+            "ignore_eos": True,
+        }
+        (choice,) = server.post(COMPLETIONS, body).json()["choices"]
+        assert (choice["text"], len(choice["token_ids"])) == ("", 3)
+        assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in choice["token_ids"]]
+        assert len(frames(server.post(COMPLETIONS, {**body, "stream": True}).content)) == 3
+        for path, needs in (
+            (COMPLETIONS, {"prompt": "a"}),
+            (COMPLETIONS, {**body, "echo": True}),
+            (COMPLETIONS, {**body, "stop": "a"}),
+            (CHAT, {"messages": MESSAGES}),
+            ("/tokenize", {"prompt": "a"}),
+            ("/detokenize", {"tokens": [1]}),
+        ):
+            assert "tokenizer" in refusal(server, path, needs)["message"]
+
+
 # ---------------------------------------------------------------- without HTTP
 
 
