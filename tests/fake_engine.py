@@ -69,7 +69,6 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.model_config = SimpleNamespace(vocab_size=self.vocab_size)
-        self.memory_plan = SimpleNamespace(max_step_tokens=max(self.max_step_tokens, self.token_budget))
         self.sequences: dict[int, _Sequence] = {}
         self.most_live = 0
         self.closed = False
@@ -80,7 +79,10 @@ class FakeEngine:
         if seq_id is not None:
             return SimpleNamespace(cached=0)
         return SimpleNamespace(
-            max_model_len=self.max_model_len, max_sequences=self.max_sequences, token_budget=self.token_budget
+            max_model_len=self.max_model_len,
+            max_sequences=self.max_sequences,
+            token_budget=self.token_budget,
+            max_step_tokens=max(self.max_step_tokens, self.token_budget),
         )
 
     def put(

@@ -580,6 +580,26 @@ def test_cached_tokens_are_reported_after_a_view(model: Path) -> None:
     assert run.engine.step().cached_tokens == 48
 
 
+def test_a_view_lists_all_that_a_forward_has_sequences_for(model: Path) -> None:
+    run = Run(model, token_budget=16, max_sequences=5)
+    for id in range(7):
+        run.put(id, random_tokens(id, 40), max_tokens=1)
+    assert [view.id for view in run.engine.view()[0]] == [0, 1, 2, 3, 4]
+
+
+def test_cached_blocks_that_were_never_used_are_given_back_at_no_cost(model: Path) -> None:
+    prompt = random_tokens(2, 50)
+    run = Run(model)
+    run.put(0, prompt, max_tokens=1)
+    run.finish_all()
+    run.put(1, prompt, max_tokens=1)
+    assert run.engine.view()[0][0].blocks == 3
+    out = run.step(_core.StepPlan([], [1]))
+    assert (out.preempted, out.cached_tokens, run.engine.query(1).blocks) == ([], 0, 0)
+    out = run.step()
+    assert (out.chunks, out.cached_tokens, run.engine.query(1).preemptions) == ([(1, 2)], 48, 0)
+
+
 def test_a_prompt_that_waits_is_looked_up_once(model: Path) -> None:
     run = Run(model, max_sequences=1)
     run.put(0, random_tokens(1, 20), max_tokens=10, ignore_eos=True)

@@ -252,7 +252,7 @@ Limits Engine::Impl::limits() const {
 }
 
 Limits Engine::Impl::view(std::vector<SeqView>& out) {
-  make_views(out, sizing_.limits.max_rows);
+  make_views(out, std::numeric_limits<int64_t>::max());
   count_shared(out);
   return limits();
 }

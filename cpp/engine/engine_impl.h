@@ -56,7 +56,7 @@ class Engine::Impl {
   int32_t measure_budget();
   Limits limits() const;
   void attach_prefix(Sequence& seq);
-  void make_views(std::vector<SeqView>& out, int32_t tokens);
+  void make_views(std::vector<SeqView>& out, int64_t tokens);
   void count_shared(std::vector<SeqView>& views) const;
   void check_plan(const StepPlan& plan);
   Sequence& find_near(SeqId id, size_t& next) const;
@@ -89,7 +89,6 @@ class Engine::Impl {
   int32_t budget_ = 0;
   std::vector<BudgetPoint> curve_;
   int64_t prefix_queries_ = 0, prefix_hits_ = 0;
-  int32_t attached_tokens_ = 0;  // taken from the prefix cache since the last step
 
   // One step's state, reserved at construction or at put().
   std::vector<SeqView> views_;

@@ -24,7 +24,7 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
   output_.top.clear();
   output_.chunks.clear();
   output_.preempted.clear();
-  output_.decode_tokens = output_.prefill_tokens = 0;
+  output_.decode_tokens = output_.prefill_tokens = output_.cached_tokens = 0;
   output_.host_us = output_.forward_us = 0;
 
   if (plan) {
@@ -38,11 +38,13 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
     plan_splitfuse(views_, limits(), plan_);
     plan = &plan_;
   }
-  output_.cached_tokens = std::exchange(attached_tokens_, 0);
-  // Preemption is a change of its own: it costs a recomputation, never a token, so it is not undone.
+  // Preemption is a change of its own: it costs a recomputation, never a token, so it is not undone. A sequence that
+  // holds cached blocks and has not run since gives them back at no cost, and is none.
   for (SeqId id : plan->preempt) {
     Sequence& seq = find(id);
+    const bool loses = seq.computed > seq.attached;
     drop_blocks(seq);
+    if (!loses) continue;
     ++seq.preemptions;
     output_.preempted.push_back(id);
   }
@@ -70,14 +72,13 @@ void Engine::Impl::attach_prefix(Sequence& seq) {
   const int32_t found = pool_.match(keys);
   if (found == 0) return;
   pool_.share(keys.first(found), seq.blocks);
-  seq.computed = found * config_.block_size;
-  attached_tokens_ += seq.computed;
+  seq.computed = seq.attached = found * config_.block_size;
   ++holders_;
 }
 
 /// Every sequence that holds blocks, and as many waiting ones as a forward of `tokens` could take, in service order;
 /// then the finished ones, as victims, longest finished last: victims are taken from the back.
-void Engine::Impl::make_views(std::vector<SeqView>& out, int32_t tokens) {
+void Engine::Impl::make_views(std::vector<SeqView>& out, int64_t tokens) {
   out.clear();
   viewed_.clear();
   const auto add = [&](Sequence& seq, int32_t known) {
@@ -145,7 +146,7 @@ void Engine::Impl::drop_blocks(Sequence& seq) {
   if (seq.blocks.empty()) return;
   pool_.release(seq.blocks);
   seq.blocks.clear();
-  seq.computed = 0;
+  seq.computed = seq.attached = 0;
   if (seq.finish == Finish::kNone) --holders_;
 }
 
@@ -246,6 +247,7 @@ void Engine::Impl::commit_chunk(const Scheduled& chunk) {
   const bool decode = seq.computed > 0 && seq.known() - seq.computed == 1;
   (decode ? output_.decode_tokens : output_.prefill_tokens) += chunk.tokens;
   output_.chunks.push_back({seq.id, chunk.tokens});
+  output_.cached_tokens += std::exchange(seq.attached, 0);
   const int32_t full_before = seq.computed / config_.block_size;
   seq.computed += chunk.tokens;
   if (!pool_.prefix_caching() || seq.finish == Finish::kError) return;

@@ -24,6 +24,7 @@ struct Sequence {
   int32_t prompt = 0;
   int32_t computed = 0;
   int32_t cached = 0;                 // what was computed when this turn began
+  int32_t attached = 0;               // of computed, taken from the prefix cache since it last ran
   int32_t reported = 1;               // prompt positions below it need no prompt log-probability any more
   std::vector<BlockId> blocks;        // the block table
   BlockKey root;                      // names the cache salt

@@ -68,10 +68,10 @@ struct StepOutput {
   std::vector<PromptLogprob> prompt;
   std::vector<TokenLogprob> top;
   std::vector<Chunk> chunks;         // what ran
-  std::vector<SeqId> preempted;
+  std::vector<SeqId> preempted;      // who lost computed tokens
   int32_t decode_tokens = 0;         // tokens of chunks that began with one token left to do
   int32_t prefill_tokens = 0;        // all others
-  int32_t cached_tokens = 0;         // tokens taken from the prefix cache instead of computed
+  int32_t cached_tokens = 0;         // of those that ran: tokens taken from the prefix cache instead of computed
   double host_us = 0;                // plan, reserve, batch build and commit, in microseconds
   double forward_us = 0;             // model and sampling
 };
@@ -154,8 +154,8 @@ class Engine {
   Capacity query() const;
   /// Throws InvalidArgument if the id is unknown.
   Progress query(SeqId id) const;
-  /// The sequences to plan over, first served first, and the limits that step() would use. Of those that wait, as many
-  /// as the largest forward could take.
+  /// The sequences to plan over, first served first, and the limits that step() would use. Of those that wait, all that
+  /// a forward has sequences for, however many tokens they have: a caller may serve the last one first.
   Limits view(std::vector<SeqView>& out);
   /// True while any sequence has tokens to compute.
   bool has_work() const;

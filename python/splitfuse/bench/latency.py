@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
         facts = {
             "name": bench.name,
             "engine": bench.engine.describe(),
-            "token_budget": bench.engine.memory_plan.token_budget,
+            "token_budget": bench.engine.query().token_budget,
             "roof": roof_facts(roof),
             "prefill": prefill,
             "decode": decode,

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
             "name": bench.name,
             "engine": bench.engine.describe(),
             "policy": args.policy,
-            "token_budget": bench.engine.memory_plan.token_budget,
+            "token_budget": bench.engine.query().token_budget,
             "roof": roof_facts(roof),
             "requests": len(lengths),
             "input_tokens": read,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, Any
 
-from .._core import Limits, SeqView, StepPlan, plan_splitfuse
+from .._core import ConfigError, Limits, SeqView, StepPlan, plan_splitfuse
 from ..scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from .._core import Engine
+    from ..tokenizer import Tokenizer
 
 
 def is_decode(view: SeqView) -> bool:
@@ -14,28 +19,31 @@ def is_decode(view: SeqView) -> bool:
 
 
 class Room:
-    """A plan in the making. `order`: the sequences that have tokens to compute, first served first; `tokens`:
-    of the forward.
+    """A plan in the making. `order`: the sequences that may run, first served first: those of `views` that
+    have tokens to compute and are of `members`, None: all. `tokens`: of the forward.
 
-    Blocks are taken from sequences at the back of the order alone, and never from one that runs: so who is
-    first always gets what it needs.
+    Blocks are taken from the back alone, first from those that may not run, and never from one that runs: so
+    who is first always gets what it needs.
     """
 
-    def __init__(self, views: Iterable[SeqView], limits: Limits, tokens: int) -> None:
-        self.order = [view for view in views if view.known > view.computed]
+    def __init__(
+        self, views: Sequence[SeqView], limits: Limits, tokens: int, members: Container[int] | None = None
+    ) -> None:
+        self.order: list[SeqView] = []
+        others: list[SeqView] = []
+        for view in views:
+            may_run = view.known > view.computed and (members is None or view.id in members)
+            (self.order if may_run else others).append(view)
         self.tokens = tokens
         self.slots = limits.max_seqs
         self.free = limits.free_blocks
         self.chunks: list[tuple[int, int]] = []
         self.preempted: list[int] = []
+        self._line = self.order + others
+        self._end = len(self._line)  # whoever is at or behind it has been preempted
         self._running: set[int] = set()
         self._total = limits.total_blocks
         self._block_size = limits.block_size
-        self._end = len(self.order)  # whoever is at or behind it has been preempted
-
-    def fits(self, view: SeqView, tokens: int, spare: int = 0) -> bool:
-        """Whether the forward and the free blocks have room for it, `spare` blocks left over."""
-        return tokens <= self.tokens and self.slots > 0 and self._blocks(view, tokens) + spare <= self.free
 
     def take(self, view: SeqView, tokens: int) -> None:
         self.free -= self._blocks(view, tokens)
@@ -55,16 +63,14 @@ class Room:
         if tokens < 1 or self.slots < 1:
             return
         while self._blocks(view, 1) > self.free and self._end > index + 1:
-            if self.order[self._end - 1].id in self._running:
+            if self._line[self._end - 1].id in self._running:
                 return
-            self._end -= 1
-            self._preempt(self.order[self._end])
+            self._preempt_last()
         if index == 0 and self._end == 1:
             # Blocks that the victims shared among themselves are free now, which no single one of them told.
             self.free = self._total - view.blocks
         if self._blocks(view, 1) > self.free:
-            self._end = index
-            self._preempt(view)
+            self._preempt_last()
             return
         room = (view.blocks + self.free) * self._block_size - view.computed
         self.take(view, min(tokens, room))
@@ -77,16 +83,21 @@ class Room:
 
     def take_whole_prompts(self, limit: int) -> None:
         """Whole prompts in order, until one does not fit any more; `limit`: tokens of them all, which a first
-        prompt may exceed. Blocks stay free for the next token of every sequence that decodes, or prompts and
-        decodes would drive each other out in turns."""
-        live = self.order[: self._end]
-        spare = sum(map(is_decode, live))
+        prompt may exceed. They preempt nobody who decodes, and leave blocks for the next token of all who do,
+        or prompts and decodes would drive each other out in turns."""
+        spare = sum(map(is_decode, self.order[: self._end]))
         taken = 0
-        for view in live:
+        for index, view in enumerate(self.order):
+            if index >= self._end:
+                return
             if is_decode(view):
                 continue
             todo = view.known - view.computed
-            if (taken > 0 and taken + todo > limit) or not self.fits(view, todo, spare):
+            blocks = self._blocks(view, todo) + spare
+            while blocks > self.free and self._end > index + 1 and self._last_waits():
+                self._preempt_last()
+            fits = todo <= self.tokens and self.slots > 0 and blocks <= self.free
+            if not fits or (taken > 0 and taken + todo > limit):
                 return
             taken += todo
             self.take(view, todo)
@@ -97,7 +108,13 @@ class Room:
     def _blocks(self, view: SeqView, tokens: int) -> int:
         return max(0, -(-(view.computed + tokens) // self._block_size) - view.blocks)
 
-    def _preempt(self, view: SeqView) -> None:
+    def _last_waits(self) -> bool:
+        last = self._line[self._end - 1]
+        return not is_decode(last) and last.id not in self._running
+
+    def _preempt_last(self) -> None:
+        self._end -= 1
+        view = self._line[self._end]
         if view.blocks > 0:
             self.preempted.append(view.id)
             self.free += view.blocks - view.shared
@@ -110,6 +127,16 @@ class Policy(Scheduler):
     whole_prompts = False
     """Whether forwards are as long as whole prompts, beyond the token budget."""
 
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, **options: Any) -> None:
+        super().__init__(engine, tokenizer, **options)
+        capacity = engine.query()
+        self.step_tokens: int = capacity.max_step_tokens  # of the largest forward
+        if self.whole_prompts and self.step_tokens < capacity.max_model_len:
+            raise ConfigError(
+                f"{type(self).__name__} needs forwards of up to {capacity.max_model_len} tokens, and this "
+                f"engine takes {self.step_tokens}: build it with max_step_tokens of splitfuse.policies"
+            )
+
     def plan(self, views: list[SeqView], limits: Limits) -> StepPlan:
         plan = self.choose(views, limits)
         return plan if plan.chunks else plan_splitfuse(views, limits)
@@ -117,8 +144,3 @@ class Policy(Scheduler):
     @abstractmethod
     def choose(self, views: list[SeqView], limits: Limits) -> StepPlan:
         """The plan, or one without chunks."""
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of the largest forward."""
-        return self.engine.memory_plan.max_step_tokens

@@ -14,7 +14,6 @@ class Even(Policy):
     def choose(self, views: list[SeqView], limits: Limits) -> StepPlan:
         decodes = sum(map(is_decode, views))
         waiting = sum(view.known - view.computed for view in views) - decodes
-        waiting += self._unseen({view.id for view in views})
         room = limits.max_tokens - decodes
         if waiting <= room or room < 1:
             return plan_splitfuse(views, limits)
@@ -27,7 +26,3 @@ class Even(Policy):
             block_size=limits.block_size,
         )
         return plan_splitfuse(views, level)
-
-    def _unseen(self, seen: set[int]) -> int:
-        """Prompt tokens of those admitted that the engine did not list, as they can't run now."""
-        return sum(len(request.prompt_token_ids) for id, (request, _) in self._live.items() if id not in seen)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from .._core import Limits, SeqView, StepPlan
 from ._room import Policy, Room
+
+if TYPE_CHECKING:
+    from .._core import Engine
+    from ..tokenizer import Tokenizer
 
 _FIRST_QUANTUM = 64
 """Tokens of the first level; each further level has twice as many. FastServe counts time; here a forward's time
@@ -27,8 +32,8 @@ class Mlfq(Policy):
     prompts and decodes alike, until the token budget is met. So a short question overtakes a long document,
     and a long answer gives way to new questions."""
 
-    def __init__(self, *arguments: object, **options: object) -> None:
-        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, **options: Any) -> None:
+        super().__init__(engine, tokenizer, **options)
         self._places: dict[int, _Place] = {}
         self._forwards = 0
 

@@ -18,7 +18,7 @@ class StaticBatch(Policy):
         self._batch = frozenset(id for id in self._batch if self.request_of(id) is not None)
         if not self._batch:
             self._batch = self._form(views, limits)
-        room = Room((view for view in views if view.id in self._batch), limits, self.step_tokens)
+        room = Room(views, limits, self.step_tokens, self._batch)
         room.take_whole_prompts(PROMPT_TOKENS)
         if not room.chunks:
             room.serve_decodes()
