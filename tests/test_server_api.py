@@ -321,6 +321,7 @@ def test_a_prompt_is_cut_from_the_left(server: Running, llm: LLM, keep: int, lef
 def test_a_prompt_is_cut_to_the_context(server: Running) -> None:
     body = {"prompt": [1] * (LONG + 500), "truncate_prompt_tokens": -1, "max_tokens": 5, "ignore_eos": True}
     assert server.post(COMPLETIONS, body).json()["usage"]["prompt_tokens"] == LONG - 5
+    assert "max_tokens" in refusal(server, COMPLETIONS, {**body, "max_tokens": LONG})["message"]
 
 
 # ---------------------------------------------------------------- names that mean nothing, or too much
@@ -453,7 +454,7 @@ def test_templates_of_operators_and_trusted_requests(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["messages", "add_generation_prompt", "chat_template", "tokenize", "tools", "bos_token"]
+    "name", ["messages", "add_generation_prompt", "chat_template", "tokenize", "tools", "bos_token", "self"]
 )
 def test_the_template_gets_our_variables(server: Running, name: str) -> None:
     body = {"messages": MESSAGES, "chat_template_kwargs": {name: "other"}}

@@ -8,8 +8,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from splitfuse import SamplingParams
+from splitfuse.llm import advised
 from splitfuse.server.errors import ApiError
-from splitfuse.server.params import advised, ignored, ignored_header, sampling_params
+from splitfuse.server.params import ignored, ignored_header, sampling_params
 from splitfuse.server.protocol import ChatRequest, CompletionRequest, TokenizeRequest, read
 from splitfuse.server.settings import Limits
 

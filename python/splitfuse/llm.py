@@ -100,6 +100,15 @@ def engine_config(
     )
 
 
+def advised(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation_config.json advises, as sampling parameters."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    if generation_config.get("do_sample") is False:
+        found["temperature"] = 0.0
+    return found
+
+
 def load_engine(
     model: str | os.PathLike[str], *, verbose: bool | None = None, **options: Any
 ) -> tuple[LoadedModel, Engine]:
@@ -195,14 +204,7 @@ class LLM:
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """What the model's makers advise (generation_config.json), with `changes`."""
-        advised = {
-            name: self.generation_config[name]
-            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            if self.generation_config.get(name) is not None
-        }
-        if self.generation_config.get("do_sample") is False:
-            advised["temperature"] = 0.0
-        return SamplingParams(**{**advised, **changes})
+        return SamplingParams(**{**advised(self.generation_config), **changes})
 
     def generate(
         self,

@@ -35,10 +35,9 @@ class Frames:
         answers = reply.params.n
         self._reply = reply
         self._request = request
-        self._first = number * answers
-        self._head = event(reply.envelope(reply.stream_kind))[: -len("}\n\n")]
+        head = event(reply.envelope(reply.stream_kind))[: -len("}\n\n")]
         self._openings = [
-            f'{self._head},"choices":[{{"index":{self._first + i},{self.opening}' for i in range(answers)
+            f'{head},"choices":[{{"index":{number * answers + i},{self.opening}' for i in range(answers)
         ]
         self._plain_end = self.closing + ',"finish_reason":null}]}\n\n'
         # An answer's first frame is never plain, nor any that has more to show than text.

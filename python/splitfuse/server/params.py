@@ -52,15 +52,6 @@ _DIRECT = (
 )  # fmt: skip
 
 
-def advised(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model's makers advise, as parameters."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
-    if generation_config.get("do_sample") is False:
-        found["temperature"] = 0.0
-    return found
-
-
 def ignored(request: BaseModel) -> list[str]:
     """Names of the fields that mean nothing here. Raises ApiError 400 for one that would constrain the
     answer."""

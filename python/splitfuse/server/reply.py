@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._core import InvalidArgument
+from ..llm import advised
 from ..request import Request, RequestOutput, SamplingParams
 from .errors import ApiError
 from .logprobs import id_of, name_of
-from .params import advised, bad_argument, ignored, sampling_params
+from .params import bad_argument, ignored, sampling_params
 from .protocol import ChatRequest, CompletionRequest
 from .runtime import Runtime
 from .stream import Stream

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # What a template gets from us, and what would make it another template.
 _OURS = {
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
-    "tokenize", "raise_exception", "strftime_now",
+    "tokenize", "raise_exception", "strftime_now", "self",
 }  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def truncate(prompt: Prompt, wanted: int | None, most: int) -> Prompt:
     """The last `wanted` tokens of it; -1 are `most`, None are all."""
     if wanted is None:
         return prompt
-    kept = most if wanted == -1 else wanted
+    kept = max(1, most) if wanted == -1 else wanted
     if len(prompt.ids) <= kept:
         return prompt
     return Prompt(None, prompt.ids[len(prompt.ids) - kept :])
