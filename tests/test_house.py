@@ -45,6 +45,7 @@ BACKEND_FACTORY = re.compile(r"\bmake_(cpu|cuda)_backend\b")
 PYTHON_FLOORS = {
     "": {"local", "numpy"},
     "bench": {"local", "numpy"},
+    "bench/serving": {"local", "numpy"},
     "cli": {"local"},
     "models": {"local"},
     "policies": {"local"},
@@ -55,6 +56,9 @@ PYTHON_EXCEPTIONS = {
     "_progress.py": {"rich"},
     "bench/common.py": {"rich"},
     "bench/saturation.py": {"matplotlib"},
+    "bench/serving/http_load.py": {"aiohttp"},
+    "bench/serving/plots.py": {"matplotlib"},
+    "server/http_protocol.py": {"uvicorn"},
     "bin_file.py": {"torch"},
     "chat_template.py": {"jinja2"},
     "gguf_file.py": {"gguf"},

@@ -2,6 +2,7 @@
 tokens, however short the KV blocks are."""
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -102,7 +103,9 @@ def forwards(name, prompts):
     made = []
     while scheduler.has_work:
         output = scheduler.step()
-        made.append(output.prefill_tokens + output.decode_tokens)  # a prompt's last token may count as a decode
+        made.append(
+            output.prefill_tokens + output.decode_tokens
+        )  # a prompt's last token may count as a decode
     return made
 
 
@@ -174,6 +177,19 @@ def test_mlfq_levels_cover_their_prompts(tokens):
     level = _level(tokens)
     assert _quantum(level) >= tokens
     assert level == 0 or _quantum(level - 1) < tokens
+
+
+def test_the_guide_shows_one_that_works():
+    guide = (Path(__file__).parent.parent / "docs" / "policies.md").read_text()
+    made = {}
+    exec(guide.split("```python\n")[1].split("```")[0], made)
+    engine = FakeEngine(token_budget=16)
+    scheduler = made["ShortestFirst"](engine)
+    prompts = [[i + 1] * (5 + 7 * i % 40) for i in range(20)]
+    requests = [scheduler.submit(ids, SamplingParams(max_tokens=9, seed=0)) for ids in prompts]
+    scheduler.run_until_idle()
+    assert [r.result(0).token_ids for r in requests] == [answer(ids, 9) for ids in prompts]
+    assert engine.planned
 
 
 # ---------------------------------------------------------------- any plan can be served
