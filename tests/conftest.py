@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Where the tests run as a background job, Ctrl-C is ignored, and by all children; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Odd on purpose: no width is a multiple of a vector register or a tile.
 TINY = {
