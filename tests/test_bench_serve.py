@@ -342,6 +342,7 @@ def test_the_command(tiny_llama, tmp_path):
     assert [(c["policy"], c["completed"]) for c in facts["cells"]] == [("splitfuse", 6), ("prefill_first", 6)]
     assert len(facts["simulated"]["cells"]) == 2
     assert not math.isnan(facts["comparison"]["request_throughput_ratio"]["2 clients"])
+    assert len(facts["comparison"]["effective_by_load"]["2 clients"]) == 2
     assert (tmp_path / "r" / "serve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -354,6 +355,7 @@ def test_the_command_against_servers(server, tiny_llama):
     facts = json.loads(out.stdout)
     assert [row["replicas"] for row in facts["scaling"]] == [1, 2]
     assert [c["completed"] for c in facts["cells"]] == [6, 6]
+    assert all(0 < c["steps"]["busy"] <= 1 for c in facts["cells"])
 
 
 @pytest.mark.parametrize(

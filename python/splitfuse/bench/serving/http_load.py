@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _WORDS = (
 )  # fmt: skip
 _FRAME = b"data: "
 _DONE = b"[DONE]"
+_BUSY = re.compile(r"^splitfuse:busy_seconds_total\S* (\S+)$", re.MULTILINE)
 _ERROR_LENGTH = 200  # characters of a server's refusal that are kept
 
 OnRecord = Callable[[Record], None]
@@ -83,6 +85,19 @@ async def poisson(
     return await _all(
         urls, options, on_record, lambda session: [one(session, i, s) for i, s in enumerate(starts)]
     )
+
+
+async def busy_seconds(urls: Sequence[str], options: HttpOptions) -> float | None:
+    """What our servers have spent in steps since they started; None if one of them doesn't tell."""
+    total = 0.0
+    async with _http(options) as http:
+        for url in urls:
+            async with http.get(f"{url}/metrics") as response:
+                found = _BUSY.search(await response.text()) if response.status == 200 else None
+            if found is None:
+                return None
+            total += float(found[1])
+    return total
 
 
 async def _all(

@@ -137,7 +137,8 @@ def forward_seconds(engine: Engine, tokens: int, clock: Clock) -> float:
 
 def compare(cells: Iterable[dict[str, Any]], base: str, level: str) -> dict[str, Any]:
     """`splitfuse` beside `base`: the best effective throughput of each over all loads at one level of service,
-    and, load by load, raw throughput and the 95th percentile of the time between tokens."""
+    and, load by load, effective throughput (both, requests/s), raw throughput and the 95th percentile of the time
+    between tokens."""
     by_policy: dict[str, dict[str, dict[str, Any]]] = {}
     for cell in cells:
         load = str(Load(cell["clients"], cell["request_rate"]))
@@ -146,12 +147,14 @@ def compare(cells: Iterable[dict[str, Any]], base: str, level: str) -> dict[str,
     shared = [load for load in ours if load in theirs]
     if not shared:
         return {}
-    best = [max(p[load]["effective_throughput"][level] for load in shared) for p in (ours, theirs)]
+    effective = {load: [p[load]["effective_throughput"][level] for p in (ours, theirs)] for load in shared}
+    best = [max(both) for both in zip(*effective.values(), strict=True)]
     return {
         "base": base,
         "sla": level,
         "effective": best,
         "effective_ratio": best[0] / best[1] if best[1] else None,
+        "effective_by_load": effective,
         "request_throughput_ratio": {
             load: ours[load]["request_throughput"] / theirs[load]["request_throughput"] for load in shared
         },

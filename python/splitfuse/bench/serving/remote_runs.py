@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..._progress import CountBar, on_terminal
 from .drive import Load
 from .facts import sla_facts, workload_facts
-from .http_load import HttpOptions, closed_loop, poisson
+from .http_load import HttpOptions, busy_seconds, closed_loop, poisson
 from .policies import Workload
 from .replicas import replicas
 from .report import summarize
@@ -112,12 +112,15 @@ async def _cells(
     for load in loads:
         asks = workload.asks(load, args.vocab, 1 << 30, 0)
         records: list[Record] = []
+        busy = await busy_seconds(urls, http)
         begin = time.perf_counter()
         with CountBar(f"{title}, {load}", len(asks), on_terminal()) as bar:
             await _run(urls, asks, load, http, records, workload.seed, cut, bar)
         seconds = time.perf_counter() - begin
         if records:
             facts = summarize(records, seconds, slas)
+            if busy is not None and (after := await busy_seconds(urls, http)) is not None:
+                facts["steps"] = {"busy": (after - busy) / (seconds * len(urls))}
             name = title if len(urls) == 1 else f"{len(urls)} servers"
             cells.append({"policy": name, "clients": load.clients, "request_rate": load.rate, **facts})
         if cut.asked:

@@ -7,7 +7,7 @@ from typing import Any
 from ..common import Table
 
 _COLUMNS = (
-    "", "load", "done", "req/s", "tok/s", "TTFT p50", "p95", "ITL p50", "p95", "p99", "lax", "mid", "tight",
+    "", "load", "done", "req/s", "tok/s", "TTFT p50", "p95", "ITL p50", "p95", "p99", "lax", "mid", "tight", "busy",
 )  # fmt: skip
 
 
@@ -16,7 +16,8 @@ def tables(facts: dict[str, Any]) -> list[Table]:
     forward = 1e3 * facts["forward_seconds"]
     title = (
         f"{facts['name']}: prompts of {shape['prompt']} tokens, answers of {shape['output']}; the forward of a mean "
-        f"prompt alone takes {forward:.0f} ms (latencies in ms; lax, mid, tight: requests/s within that SLA)"
+        f"prompt alone takes {forward:.0f} ms (latencies in ms; lax, mid, tight: requests/s within that SLA; "
+        "busy: share of the time in steps)"
     )
     found: list[Table] = [(title, _COLUMNS, [_row(cell) for cell in facts["cells"]])]
     if "simulated" in facts:
@@ -50,6 +51,7 @@ def _row(cell: dict[str, Any]) -> tuple[str, ...]:
             for key in ("p50_ttft_ms", "p95_ttft_ms", "p50_itl_ms", "p95_itl_ms", "p99_itl_ms")
         ),
         *(f"{effective[level]:.2f}" for level in ("lax", "mid", "tight")),
+        f"{100 * cell['steps']['busy']:.1f} %" if "steps" in cell else "-",
     )
 
 
@@ -58,9 +60,11 @@ def _ms(value: float | None) -> str:
 
 
 def _comparison(found: dict[str, Any], kind: str) -> Table:
-    ratio = found["effective_ratio"]
-    effective = "every request missed it" if ratio is None else f"{ratio:.2f}x"
-    rows = [(f"best effective throughput, SLA {found['sla']}", effective)]
+    rows = [(f"requests/s within SLA {found['sla']}, each at its best load", _beside(*found["effective"]))]
+    rows += [
+        (f"requests/s within SLA {found['sla']}, {load}", _beside(*both))
+        for load, both in found["effective_by_load"].items()
+    ]
     rows += [
         (f"95th percentile between tokens, {load}", f"{r:.2f}x lower")
         for load, r in found["p95_itl_ratio"].items()
@@ -69,3 +73,7 @@ def _comparison(found: dict[str, Any], kind: str) -> Table:
         (f"raw throughput, {load}", f"{r:.3f}x") for load, r in found["request_throughput_ratio"].items()
     ]
     return f"splitfuse beside {found['base']}, {kind}", ("", ""), rows
+
+
+def _beside(ours: float, theirs: float) -> str:
+    return f"{ours:.2f} : {theirs:.2f}" + (f" = {ours / theirs:.2f}x" if theirs else "")
