@@ -19,7 +19,7 @@ from splitfuse.bench.serving.report import summarize
 from splitfuse.bench.serving.simulated import SimulatedClock, simulate_on
 from splitfuse.bench.serving.simulator import A100_70B, CurveCost, SimulatedEngine, VirtualClock
 from splitfuse.bench.serving.sla import Sla, moving_average, published, scaled
-from splitfuse.bench.serving.workload import Record, make_asks
+from splitfuse.bench.serving.workload import Ask, Record, make_asks
 from splitfuse.loader import load
 from splitfuse.policies import POLICIES, make_scheduler, step_tokens
 from splitfuse.request import SamplingParams
@@ -186,6 +186,22 @@ def test_the_simulator_runs_the_steps_that_the_engine_runs(tiny_llama, policy):
         blocks=40,
     )
     assert steps(copy) == steps(engine)
+
+
+def test_the_wait_for_the_step_in_between_counts():
+    """A request that comes at 0.1 s, while another one's forward runs until 1 s, was sent at 0.1 s."""
+    clock = VirtualClock()
+    engine = SimulatedEngine(
+        CurveCost([(1, 1.0), (2, 1.0)]), clock, token_budget=64, max_step_tokens=64, max_sequences=8,
+        max_model_len=64, blocks=64,
+    )  # fmt: skip
+    load = Load(rate=10.0)
+    drive = Drive(
+        make_scheduler("splitfuse", engine), [Ask([1], 2)] * 3, load, clock=SimulatedClock(clock), seed=0
+    )
+    for _ in drive.run():
+        pass
+    assert sorted(r.sent for r in drive.records) == pytest.approx(load.first_arrivals(3, 0))
 
 
 def test_clients_ask_again_when_they_were_answered():

@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -372,8 +373,9 @@ def test_an_unknown_model(client: openai.OpenAI) -> None:
 
 
 def test_too_many_requests(model: Path) -> None:
-    limits = Limits(queued=1)
+    limits = Limits(queued=2)
     with (
+        ThreadPoolExecutor(1) as pool,
         serving(model, engine={"max_sequences": 1}, limits=limits) as server,
         server.openai() as client,
         client.completions.create(
@@ -386,10 +388,16 @@ def test_too_many_requests(model: Path) -> None:
             waiting.completions.create(model=server.model, prompt="a", max_tokens=4000)
         wait_until(lambda: server.runtime.queued == 0)  # it gave up, and so did we on it
         both: dict[str, Any] = {"model": server.model, "prompt": ["a", "b"], "max_tokens": 4}
+        another = pool.submit(client.completions.create, **{**both, "prompt": "a"})
+        wait_until(lambda: server.runtime.queued == 1)
         with server.watched() as watch:
             with pytest.raises(openai.RateLimitError) as caught:
                 client.completions.create(**both)
             wait_until(lambda: "abort" in watch.reasons)  # the first of both had been let in
+        with pytest.raises(openai.BadRequestError, match="at most 2 prompts"):
+            client.completions.create(**{**both, "prompt": ["a"] * 3})
+        running.close()
+        assert another.result(60).choices[0].finish_reason == "length"
         assert int(caught.value.response.headers["retry-after"]) >= 1
 
 

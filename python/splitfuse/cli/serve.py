@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core import ConfigError
-from .options import add_engine, add_model, add_policy, engine_options
+from .options import add_engine, add_model, add_policy, add_verbose, engine_options
 
 _EXAMPLES = """\
 examples:
@@ -44,6 +44,7 @@ def add_parser(commands: Any) -> None:
     _add_limits(parser)
     add_policy(parser)
     add_engine(parser)
+    add_verbose(parser)
     parser.set_defaults(run=run)
 
 
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     keys = [*args.api_key, *_lines(args.api_key_file)]
     settings = Settings(
         model=args.model,
-        engine=engine_options(args),
+        engine={**engine_options(args), "verbose": args.verbose or None},
         policy=args.policy,
         served_names=tuple(args.served_model_name),
         host=args.host,

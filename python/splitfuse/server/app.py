@@ -7,9 +7,8 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -18,6 +17,7 @@ from . import health, metrics, openai_routes, page
 from .errors import ApiError
 from .guard import Guard
 from .protocol import invalid
+from .reply import dumps
 from .runtime import Runtime
 from .settings import Settings
 
@@ -74,27 +74,28 @@ async def _load(runtime: Runtime) -> None:
         runtime.failure = error
 
 
-def _envelope(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body, error.status, error.headers)
+def _envelope(error: ApiError) -> Response:
+    # In ASCII: a message may quote half of a surrogate pair, which UTF-8 can't hold.
+    return Response(dumps(error.body), error.status, error.headers, "application/json")
 
 
-async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _envelope(error)
 
 
-async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
+async def _on_invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     return _envelope(invalid(error.errors()))
 
 
-async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     response = _envelope(ApiError(error.status_code, str(error.detail)))
     response.headers.update(error.headers or {})
     return response
 
 
-async def _on_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_error(request: Request, error: Exception) -> Response:
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return _envelope(ApiError(500, "the server failed on this request; its log says why"))

@@ -105,6 +105,8 @@ class Guard:
             raise ApiError(408, f"the body did not come within {limits.body_seconds:g} s") from None
         if body is None:
             return None
+        if body.count(b",") > limits.json_values:
+            raise ApiError(400, f"the body has more than {limits.json_values} values")
         if len(body) > _LARGE:
             deep = await asyncio.to_thread(is_deep, body, limits.json_depth)
         else:

@@ -132,7 +132,7 @@ def check_limits(request: ChatRequest | CompletionRequest, limits: Limits) -> No
     if isinstance(request, CompletionRequest):
         several = isinstance(request.prompt, list) and not isinstance(request.prompt[0], int)
         prompts = len(request.prompt) if several else 1
-        _at_most("prompt", prompts, limits.prompts, " prompts")
+        _at_most("prompt", prompts, min(limits.prompts, limits.queued), " prompts")
         _at_most("n", prompts * (request.n or 1), limits.answers_in_all, " answers to all prompts")
 
 

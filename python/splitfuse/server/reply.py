@@ -75,12 +75,14 @@ class Reply(ABC):
 
     def submit(self) -> list[Stream]:
         """A stream a prompt, once all of them have been found in order. Raises ApiError."""
-        params = [self.params_for(prompt) for prompt in self.prompts]
-        for number, (prompt, each) in enumerate(zip(self.prompts, params, strict=True)):
+        params: list[SamplingParams] = []
+        for number, prompt in enumerate(self.prompts):
             try:
-                self.runtime.served.scheduler.check(prompt.ids, each)
+                params.append(self.params_for(prompt))
+                self.runtime.served.scheduler.check(prompt.ids, params[-1])
             except InvalidArgument as error:
                 raise about(number, len(self.prompts), bad_argument(error)) from None
+        self._check_prompt_logprobs(params)
         streams: list[Stream] = []
         try:
             for number, (prompt, each) in enumerate(zip(self.prompts, params, strict=True)):
@@ -99,6 +101,19 @@ class Reply(ABC):
                 stream.cancel()
             raise
         return streams
+
+    def _check_prompt_logprobs(self, params: Sequence[SamplingParams]) -> None:
+        """Every answer repeats its prompt's: a small request could ask for more text than there is memory."""
+        most = self.runtime.settings.limits.prompt_logprobs
+        shown = sum(
+            each.n * len(prompt.ids) * (1 + each.prompt_logprobs)
+            for prompt, each in zip(self.prompts, params, strict=True)
+            if each.prompt_logprobs is not None
+        )
+        if shown > most:
+            raise ApiError(
+                400, f"{shown} log-probabilities of prompt tokens in one answer exceed {most}", param="n"
+            )
 
     def envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self.model}

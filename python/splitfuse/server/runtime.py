@@ -249,7 +249,7 @@ class Runtime:
         it could never be served, 429 if too many wait, 503 if there is no engine to serve it."""
         if not self.ready:
             raise self._turned_away()
-        stream = Stream(self.settings.limits.stream_items, self.settings.stall_timeout)
+        stream = Stream(self.settings.limits.stream_items * params.n, self.settings.stall_timeout)
         scheduler = self.served.scheduler
         if not scheduler.has_work:
             self._moved = time.monotonic()  # it has stood still because there was nothing to do

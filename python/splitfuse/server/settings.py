@@ -33,10 +33,14 @@ class Limits:
     stop_token_ids: int = 256
     logit_bias: int = 1024
     logprobs: int = 20
+    prompt_logprobs: int = 1 << 20
+    """Entries of one response: prompt tokens, by logprobs of each, by `n`."""
+    json_values: int = 1 << 20
+    """Of a body: making objects of them holds up everybody."""
     queued: int = 4096
     """Requests that may wait for admission; one more is answered 429."""
     stream_items: int = 4096
-    """Deltas that may wait for a slow reader before it is cut off."""
+    """Deltas of an answer that may wait for a slow reader before it is cut off."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Settings:
         for name in ("drain_timeout", "stall_timeout", "health_timeout"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a number of seconds, not {getattr(self, name)}")
+        if self.limits.queued < 1:
+            raise ConfigError(f"at least 1 request must be allowed to wait, not {self.limits.queued}")
         if self.restarts < 0:
             raise ConfigError(f"restarts must be 0 or more, not {self.restarts}")
         if not all(self.api_keys):

@@ -103,6 +103,8 @@ class Drive:
             given = len(ended)
 
     def cancel(self) -> None:
+        """Requests that have not ended are no result: they leave `records`."""
+        self.records = [record for record in self.records if record.ended is not None]
         self._due.clear()
         self._asks = iter(())
         self._scheduler.stop(drain=False)
@@ -113,14 +115,15 @@ class Drive:
 
     def _send_due(self, done: Callable[[Record], None]) -> None:
         while self._due and self._due[0][0] <= self._clock():
-            heapq.heappop(self._due)
-            self._send(done)
+            # The wait for the step during which it came is part of its latency.
+            moment, _ = heapq.heappop(self._due)
+            self._send(done, moment)
 
-    def _send(self, done: Callable[[Record], None]) -> None:
+    def _send(self, done: Callable[[Record], None], sent: float) -> None:
         ask = next(self._asks, None)
         if ask is None:
             return
-        record = Record(len(ask.prompt), ask.output, self._clock())
+        record = Record(len(ask.prompt), ask.output, sent)
         self.records.append(record)
 
         def on_output(_: Request, delta: Delta) -> None:
@@ -134,7 +137,7 @@ class Drive:
                 record.error = "ended early"
             done(record)
             if self._again:
-                self._send(done)
+                self._send(done, self._clock())
 
         self._scheduler.submit(ask.prompt, _params(ask), on_output=on_output, on_done=on_done)
 

@@ -161,8 +161,8 @@ class Session:
                 raise
             record.error = f"{type(error).__name__}: {error}"
         record.ended = time.perf_counter()
-        if record.error is None and len(record.tokens) < ask.output:
-            record.error = f"{len(record.tokens)} tokens came, not {ask.output}"
+        if record.error is None and record.count < ask.output:
+            record.error = f"{record.count} tokens came, not {ask.output}"
         self.records.append(record)
         if self._on_record is not None:
             self._on_record(record)
@@ -177,6 +177,7 @@ class Session:
             "temperature": 1.0,
             "top_p": 0.9,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
         text = " ".join(_words(ask)) if self._options.text or self._options.endpoint == "chat" else None
         if self._options.endpoint == "chat":
@@ -190,23 +191,31 @@ _JSON = {"Content-Type": "application/json"}
 
 
 async def _read(response: aiohttp.ClientResponse, record: Record) -> None:
-    """Notes when each token came. A frame is a token: those that hold none (the first of a chat, usage) hold
-    no text and no reason to finish either."""
+    """Notes when tokens came, and how many the server says there were."""
     rest = b""
     async for data in response.content.iter_any():
         now = time.perf_counter()
-        *frames, rest = (rest + data).split(b"\n\n")
+        *frames, rest = (rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
         for frame in frames:
             if not frame.startswith(_FRAME) or frame.endswith(_DONE):
                 continue
-            if b'"error"' in frame and (error := json.loads(frame[len(_FRAME) :]).get("error")):
-                record.error = str(error.get("message", error))[:_ERROR_LENGTH]
-            elif not _is_bare(frame):
+            answer = json.loads(frame[len(_FRAME) :])
+            if error := answer.get("error"):
+                record.error = str(error.get("message", error) if isinstance(error, dict) else error)[
+                    :_ERROR_LENGTH
+                ]
+            if usage := answer.get("usage"):
+                record.made = usage.get("completion_tokens")
+            if any(_has_token(choice) for choice in answer.get("choices", ())):
                 record.tokens.append(now)
 
 
-def _is_bare(frame: bytes) -> bool:
-    return b'"choices":[]' in frame or b'"choices": []' in frame or b'"role":' in frame
+def _has_token(choice: dict[str, Any]) -> bool:
+    """The first frame of a chat has only a role. A token may have no text yet, while a character is incomplete."""
+    delta = choice.get("delta")
+    if delta is None:
+        return True
+    return bool(delta.get("content")) or choice.get("finish_reason") is not None or "role" not in delta
 
 
 async def _told(response: aiohttp.ClientResponse) -> str:
@@ -214,5 +223,5 @@ async def _told(response: aiohttp.ClientResponse) -> str:
 
 
 def _words(ask: Ask) -> Iterator[str]:
-    rng = random.Random(ask.prompt[0])
+    rng = random.Random(str(ask.prompt))
     return (rng.choice(_WORDS) for _ in ask.prompt)

@@ -29,9 +29,12 @@ class Workload:
     requests: int | None
     seed: int
 
-    def asks(self, load: Load, vocab_size: int, longest: int, repeat: int) -> list[Ask]:
-        count = self.requests if self.requests is not None else load.requests
-        return make_asks(count, self.prompt, self.output, vocab_size, longest, self.seed + repeat)
+    def count(self, load: Load) -> int:
+        return self.requests if self.requests is not None else load.requests
+
+    def asks(self, load: Load, vocab_size: int, longest: int, repeat: int, salt: str = "") -> list[Ask]:
+        seed = self.seed + repeat
+        return make_asks(self.count(load), self.prompt, self.output, vocab_size, longest, seed, salt)
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Grid:
 
     def total(self, repeats: int) -> int:
         """Requests that `run` will make."""
-        per_load = [len(self._workload.asks(load, 2, self._longest, 0)) for load in self._loads]
+        per_load = [self._workload.count(load) for load in self._loads]
         return repeats * len(self._policies) * sum(per_load)
 
     def run(self, repeats: int) -> Generator[Cell, None, None]:
@@ -156,7 +159,9 @@ def compare(cells: Iterable[dict[str, Any]], base: str, level: str) -> dict[str,
         "effective_ratio": best[0] / best[1] if best[1] else None,
         "effective_by_load": effective,
         "request_throughput_ratio": {
-            load: ours[load]["request_throughput"] / theirs[load]["request_throughput"] for load in shared
+            load: ours[load]["request_throughput"] / theirs[load]["request_throughput"]
+            for load in shared
+            if theirs[load]["request_throughput"]
         },
         "p95_itl_ratio": {
             load: theirs[load]["p95_itl_ms"] / ours[load]["p95_itl_ms"]

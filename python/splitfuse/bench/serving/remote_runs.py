@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import secrets
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -86,7 +87,7 @@ async def _slas(
 ) -> tuple[list[Sla], float]:
     """Levels in multiples of the time to the first token of a mean prompt alone."""
     rng = range(_TIMES + 1)
-    asks = [Ask(make_asks(1, workload.prompt, 1, args.vocab, 1 << 30, 1000 + i)[0].prompt, 1) for i in rng]
+    asks = [Ask(make_asks(1, workload.prompt, 1, args.vocab, 1 << 30, i, _salt())[0].prompt, 1) for i in rng]
     records: list[Record] = []
     for ask in asks:
         records += await closed_loop(urls[:1], [ask], 1, options=http, seed=0)
@@ -96,6 +97,11 @@ async def _slas(
     per_token = statistics.median((r.tokens[0] - r.sent) / r.prompt_tokens for r in records[1:])
     forward = per_token * workload.prompt
     return [*scaled(forward, workload.prompt), *published()], forward
+
+
+def _salt() -> str:
+    """Servers keep prefixes: a prompt that was sent before, in this run or an earlier one, would cost nothing."""
+    return secrets.token_hex(8)
 
 
 async def _cells(
@@ -110,7 +116,7 @@ async def _cells(
 ) -> list[dict[str, Any]]:
     cells = []
     for load in loads:
-        asks = workload.asks(load, args.vocab, 1 << 30, 0)
+        asks = workload.asks(load, args.vocab, 1 << 30, 0, _salt())
         records: list[Record] = []
         busy = await busy_seconds(urls, http)
         begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from .sla import Sla, gaps
 from .workload import Record
 
 _PERCENTILES = (50, 90, 95, 99)
+_KINDS = ("mean", "median", "std", *(f"p{share}" for share in _PERCENTILES))
+_ERRORS = 3  # messages that are kept, with their numbers
 _FEW = 20  # requests below which percentiles say little
 
 
@@ -22,11 +25,12 @@ def summarize(
     second. `effective_throughput`: requests a second that met each level of service."""
     done = [record for record in records if record.completed]
     good = {sla.name: sum(map(sla.passes, done)) for sla in slas}
-    sent, made = sum(r.prompt_tokens for r in done), sum(len(r.tokens) for r in done)
+    sent, made = sum(r.prompt_tokens for r in done), sum(r.count for r in done)
     facts: dict[str, Any] = {
         "duration": seconds,
         "completed": len(done),
         "failed": sum(1 for record in records if record.error is not None),
+        "errors": Counter(r.error for r in records if r.error is not None).most_common(_ERRORS),
         "total_input_tokens": sent,
         "total_output_tokens": made,
         "request_throughput": len(done) / seconds,
@@ -36,7 +40,6 @@ def summarize(
         **_spread("tpot", [1e3 * float(gaps(r).mean()) for r in done if len(r.tokens) > 1]),
         **_spread("itl", _steady_gaps(done)),
         **_spread("e2el", [1e3 * ((r.ended or 0.0) - r.sent) for r in done]),
-        "good": {name: count / max(1, len(done)) for name, count in good.items()},
         "effective_throughput": {name: count / seconds for name, count in good.items()},
         "steady": _steady(done, slas),
         "few_requests": len(done) < _FEW,
@@ -48,8 +51,8 @@ def summarize(
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
     if not len(values):
-        return {f"{kind}_{name}_ms": None for kind in ("mean", "median", "std")}
-    figures = {"mean": np.mean(values), "median": np.median(values), "std": np.std(values)}
+        return {f"{kind}_{name}_ms": None for kind in _KINDS}
+    figures: dict[str, Any] = {"mean": np.mean(values), "median": np.median(values), "std": np.std(values)}
     figures |= {f"p{share}": np.percentile(values, share) for share in _PERCENTILES}
     return {f"{kind}_{name}_ms": float(figure) for kind, figure in figures.items()}
 

@@ -20,6 +20,11 @@ def tables(facts: dict[str, Any]) -> list[Table]:
         "busy: share of the time in steps)"
     )
     found: list[Table] = [(title, _COLUMNS, [_row(cell) for cell in facts["cells"]])]
+    failures = [
+        (cell["policy"], _at(cell), f"{n} x", told) for cell in facts["cells"] for told, n in cell["errors"]
+    ]
+    if failures:
+        found.append(("Requests that failed", ("", "load", "", "because"), failures))
     if "simulated" in facts:
         found.append(("The same, simulated", _COLUMNS, [_row(cell) for cell in facts["simulated"]["cells"]]))
     for name, source in (("measured", facts), ("simulated", facts.get("simulated", {}))):
@@ -30,19 +35,18 @@ def tables(facts: dict[str, Any]) -> list[Table]:
             (str(r["replicas"]), f"{r['request_throughput']:.2f}", f"{r['times']:.2f}x")
             for r in facts["scaling"]
         ]
-        found.append(("Replicas", ("replicas", "req/s", "of one"), rows))
+        found.append(("Replicas", ("replicas", "req/s", "of the first"), rows))
     if not facts["complete"]:
         found.append(("Cut short: the figures are of what had ended.", ("",), []))
     return found
 
 
 def _row(cell: dict[str, Any]) -> tuple[str, ...]:
-    load = f"{cell['clients']}" if cell["clients"] is not None else f"{cell['request_rate']:g}/s"
     effective = cell["effective_throughput"]
     name = cell["policy"] + (" (few)" if cell["few_requests"] else "")
     return (
         name,
-        load,
+        _at(cell),
         f"{cell['completed']}" + (f" ({cell['failed']} failed)" if cell["failed"] else ""),
         f"{cell['request_throughput']:.2f}",
         f"{cell['total_token_throughput']:,.0f}",
@@ -53,6 +57,10 @@ def _row(cell: dict[str, Any]) -> tuple[str, ...]:
         *(f"{effective[level]:.2f}" for level in ("lax", "mid", "tight")),
         f"{100 * cell['steps']['busy']:.1f} %" if "steps" in cell else "-",
     )
+
+
+def _at(cell: dict[str, Any]) -> str:
+    return f"{cell['clients']}" if cell["clients"] is not None else f"{cell['request_rate']:g}/s"
 
 
 def _ms(value: float | None) -> str:

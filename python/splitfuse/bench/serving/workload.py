@@ -26,19 +26,28 @@ class Record:
     """Asked for."""
     sent: float
     tokens: list[float] = field(default_factory=list)
-    """When each token came."""
+    """When each token came; a server may send several at once."""
     ended: float | None = None
     error: str | None = None
+    made: int | None = None
+    """Tokens that the server counted, where it tells."""
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens) if self.made is None else self.made
 
     @property
     def completed(self) -> bool:
         return self.ended is not None and self.error is None
 
 
-def make_asks(count: int, prompt: int, output: int, vocab_size: int, longest: int, seed: int) -> list[Ask]:
+def make_asks(
+    count: int, prompt: int, output: int, vocab_size: int, longest: int, seed: int, salt: str = ""
+) -> list[Ask]:
     """`count` requests with lengths Normal(mean, 0.3 mean), within 1 and three times the mean; prompt and answer
-    together at most `longest` tokens. No two share a prefix."""
-    rng = random.Random(seed)
+    together at most `longest` tokens. No two share a prefix; with another `salt` neither do those of the same seed,
+    whose lengths are the same."""
+    rng, tokens = random.Random(seed), random.Random(f"{seed} {salt}")
 
     def length(mean: int, most: int) -> int:
         return max(1, min(round(rng.gauss(mean, DEVIATION * mean)), 3 * mean, most))
@@ -47,5 +56,5 @@ def make_asks(count: int, prompt: int, output: int, vocab_size: int, longest: in
     for _ in range(count):
         answer = length(output, longest - 1)
         size = length(prompt, longest - answer)
-        asks.append(Ask([rng.randrange(vocab_size) for _ in range(size)], answer))
+        asks.append(Ask([tokens.randrange(vocab_size) for _ in range(size)], answer))
     return asks
