@@ -573,3 +573,25 @@ def test_the_schema_declares_shapes_and_refusals(server: Running) -> None:
     fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
     (number,) = (each for each in fields["temperature"]["anyOf"] if each["type"] != "null")
     assert number["minimum"] == 0
+
+
+# ---------------------------------------------------------------- small requests that would cost everybody
+
+
+def test_log_probabilities_of_prompts_are_bounded_in_all(server: Running) -> None:
+    """Each answer would repeat those of its prompt."""
+    body = {"prompt": [7] * 1000, "n": 128, "echo": True, "logprobs": 20, "max_tokens": 1}
+    error = refusal(server, COMPLETIONS, body)
+    assert error["param"] == "n"
+    assert f"{128 * 1000 * 21} log-probabilities" in error["message"]
+
+
+def test_no_room_for_the_least_tokens(server: Running) -> None:
+    context = server.runtime.max_model_len
+    error = refusal(server, COMPLETIONS, {"prompt": [1] * (context - 3), "min_tokens": 10})
+    assert "min_tokens" in error["message"]
+
+
+def test_a_body_of_too_many_values(server: Running) -> None:
+    error = refusal(server, COMPLETIONS, {"prompt": [1] * ((1 << 20) + 2)})
+    assert "values" in error["message"]
