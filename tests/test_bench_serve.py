@@ -363,9 +363,10 @@ def test_the_command(tiny_llama, tmp_path):
 
 
 def test_the_command_against_servers(server, tiny_llama):
-    out = bench("--url", server.url, *SMALL[:8], "--vocab", 250)
+    out = bench("--url", server.url + "/v1/", *SMALL[:8], "--vocab", 250, "--json")
     assert out.returncode == 0, out.stderr
-    assert "6" in out.stdout
+    (cell,) = json.loads(out.stdout)["cells"]
+    assert (cell["completed"], cell["failed"]) == (6, 0)
     out = bench(tiny_llama(), "--replicas", 1, 2, *SMALL, "--vocab", 250, "--token-budget", 64, "--json")
     assert out.returncode == 0, out.stderr
     facts = json.loads(out.stdout)
@@ -381,6 +382,8 @@ def test_the_command_against_servers(server, tiny_llama):
         (("demo", "--url", "http://x"), "not both"),
         (("--url", "http://x", "--replicas", "2"), "leave --url out"),
         (("demo", "--rate", "0"), "--rate must be above 0"),
+        (("demo", "--rate", "nan"), "--rate must be above 0"),
+        (("--url", "127.0.0.1:8000"), "begins with http://"),
         (("demo", "--policies", "fifo"), "invalid choice: 'fifo'"),
     ],
 )

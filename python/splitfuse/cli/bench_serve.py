@@ -83,7 +83,12 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidArgument("name a MODEL, or servers with --url, and not both")
     if args.url and args.replicas:
         raise InvalidArgument("--replicas starts servers of its own; leave --url out")
-    if args.rate and min(args.rate) <= 0:
-        raise InvalidArgument(f"--rate must be above 0, not {min(args.rate):g}")
+    for rate in args.rate or ():
+        if not 0 < rate < float("inf"):
+            raise InvalidArgument(f"--rate must be above 0, not {rate:g}")
+    for url in args.url or ():
+        if not url.startswith(("http://", "https://")):
+            raise InvalidArgument(f"--url {url}: a URL begins with http:// or https://")
+    args.url = [url.rstrip("/").removesuffix("/v1") for url in args.url or ()]
     code: int = import_module("...bench.serving.run", __name__).run(args, engine_options(args))
     return code

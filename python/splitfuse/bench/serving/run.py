@@ -112,7 +112,8 @@ def _write(facts: dict[str, Any], folder: Path) -> None:
     from .plots import draw
 
     (folder / "serve.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    draw(facts, folder / "serve.png")
+    if facts["cells"]:  # else it was cut short before the first request had ended
+        draw(facts, folder / "serve.png")
 
 
 class Cut:
