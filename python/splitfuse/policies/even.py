@@ -9,7 +9,8 @@ from ._room import Policy, is_decode
 class Even(Policy):
     """As SplitFuse, with as many forwards, but the prompts that wait are spread evenly over them, where
     SplitFuse fills all but the last. Throughput being concave in the tokens of a forward, equal ones are
-    best (DeepSpeed-FastGen, 2023)."""
+    best (DeepSpeed-FastGen, 2023). Decodes are taken to go on; a prompt's last token that is left alone looks
+    like one, and can cost a forward."""
 
     def choose(self, views: list[SeqView], limits: Limits) -> StepPlan:
         decodes = sum(map(is_decode, views))

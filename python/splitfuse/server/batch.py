@@ -75,8 +75,8 @@ async def run_batch(
             return 500, ApiError(500, "the request could not be answered").body
         if status >= 500:
             await _certainty(runtime, meter)
-        if runtime.failure is not None:
-            raise Error(f"the engine has failed: {runtime.failure}")
+            if runtime.failure is not None:
+                raise Error(f"the engine has failed: {runtime.failure}")
         return status, reply
 
     with CountBar("Answering", total, shown) as bar:
