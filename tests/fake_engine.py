@@ -199,7 +199,7 @@ class FakeEngine:
 
     def _logprob(self, seq_id: int, token: int, top: int, position: int = -1) -> Any:
         others = [((token + i) % self.vocab_size, -float(i) - 1) for i in range(top)]
-        return SimpleNamespace(id=seq_id, token=token, logprob=-0.5, top=others, position=position)
+        return SimpleNamespace(id=seq_id, token=token, logprob=-0.5, rank=1, top=others, position=position)
 
     def _in_order(self) -> list[_Sequence]:
         live = [s for s in self.sequences.values() if not s.finished]
@@ -245,6 +245,9 @@ class FakeTokenizer:
             "" if i == EOS and skip_special_tokens else "<end>" if i == EOS else chr(i) for i in ids
         )
 
+    def token_text(self, token: int) -> str:
+        return self.decode([token], skip_special_tokens=False)
+
     def is_special(self, token: int) -> bool:
         return token == EOS
 
@@ -252,7 +255,7 @@ class FakeTokenizer:
         return False
 
     def id_to_token(self, token: int) -> str | None:
-        return self.decode([token], skip_special_tokens=False)
+        return self.token_text(token)
 
 
 def spells(text: str) -> Callable[[Sequence[int], int, int, int], int]:

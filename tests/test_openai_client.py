@@ -216,7 +216,8 @@ def test_prompt_logprobs(client: openai.OpenAI, llm: LLM) -> None:
             token: entry.logprob for token, entry in wanted.items()
         }
         ranks = [entry["rank"] for entry in entries.values()]
-        assert {rank for rank in ranks if rank is not None} == {1, 2}
+        assert {1, 2} <= set(ranks)
+        assert ranks[0] >= 3 or len(ranks) == 2
 
 
 # ---------------------------------------------------------------- completions
@@ -520,8 +521,9 @@ def test_text_is_sent_as_ascii(server: Running, llm: LLM) -> None:
     """Some clients cut a stream at every line separator that Unicode knows."""
     assert llm.tokenizer is not None
     bias = {str(token): 100 for token in llm.tokenizer.encode("\u2028")}
-    body = {"prompt": "a", "logit_bias": bias, "max_tokens": 60, "temperature": 1.5, "stream": True}
+    # Any of its three bytes may come: so many that the three follow each other somewhere.
+    body = {"prompt": "a", "logit_bias": bias, "max_tokens": 100, "n": 8, "temperature": 1.5, "stream": True}
     raw = server.post("/v1/completions", body).content
     assert raw.isascii()
     pieces = [json.loads(line[6:]) for line in raw.decode().splitlines() if line.startswith("data: {")]
-    assert "\u2028" in "".join(piece["choices"][0]["text"] for piece in pieces)
+    assert any("\u2028" in piece["choices"][0]["text"] for piece in pieces)

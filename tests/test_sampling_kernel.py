@@ -98,7 +98,7 @@ def test_each_row_draws_its_own_number(isa: str) -> None:
             for length in (1, 2, 5):
                 params = SamplingParams(seed=seed, sample_index=index)
                 rows.append({"params": params, "tokens": [3] * length})
-    drawn = [token for token, _, _ in sample(isa, np.zeros((len(rows), 4096)), rows)]
+    drawn = [token for token, *_ in sample(isa, np.zeros((len(rows), 4096)), rows)]
     want = [int(uniform(r["params"].seed, r["params"].sample_index, len(r["tokens"])) * 4096) for r in rows]
     assert drawn == want
     assert len(set(drawn)) > 40
@@ -147,7 +147,7 @@ def test_rules(isa: str, vocab: int, spread: float) -> None:
     logits = (rng.standard_normal((count, vocab)) * spread).astype(np.float32)
     logits[::3] = np.round(logits[::3] * 4) / 4  # many ties
     rows = [random_row(rng, vocab) for _ in range(count)]
-    for row, x, (token, logprob, top) in zip(rows, logits, sample(isa, logits, rows), strict=True):
+    for row, x, (token, logprob, top, rank) in zip(rows, logits, sample(isa, logits, rows), strict=True):
         tokens, p = expected(x, row)
         # Where the edge of a kept set falls between two tokens within rounding, either side is right.
         assert token in tokens or (p[token] == 0 and near_an_edge(x, row, token)), (
@@ -158,10 +158,12 @@ def test_rules(isa: str, vocab: int, spread: float) -> None:
         wide = x.astype(np.float64)
         raw = wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
         if row["top"] < 0:
-            assert top == []
+            assert (top, rank) == ([], 0)
             continue
+        order = np.lexsort((np.arange(vocab), -wide))
+        assert order[rank - 1] == token
         assert abs(logprob - raw[token]) < 2e-6 * max(1, abs(raw[token]))
-        best = np.lexsort((np.arange(vocab), -wide))[: row["top"]]
+        best = order[: row["top"]]
         assert [t for t, _ in top] == best.tolist()
         assert np.allclose([v for _, v in top], raw[best], rtol=2e-6, atol=2e-6)
 
@@ -198,7 +200,7 @@ def test_exact_cuts(isa: str) -> None:
         for case in cases.values()
         for seed in range(150)
     ]
-    drawn = [token for token, _, _ in sample(isa, np.tile(logits, (len(rows), 1)), rows)]
+    drawn = [token for token, *_ in sample(isa, np.tile(logits, (len(rows), 1)), rows)]
     for i, name in enumerate(cases):
         seen[name] = set(drawn[150 * i : 150 * (i + 1)])
     assert seen == {
@@ -221,8 +223,8 @@ def test_ties_go_to_the_lowest_id(isa: str) -> None:
     logits[2, 2999] = 1e-3
     rows = [{"params": SamplingParams(temperature=0.0), "tokens": [0], "top": 3}] * 3
     results = sample(isa, logits, rows)
-    assert [token for token, _, _ in results] == [0, 17, 2999]
-    assert [[t for t, _ in top] for _, _, top in results] == [[0, 1, 2], [17, 1500, 2999], [2999, 0, 1]]
+    assert [token for token, *_ in results] == [0, 17, 2999]
+    assert [[t for t, _ in top] for _, _, top, _ in results] == [[0, 1, 2], [17, 1500, 2999], [2999, 0, 1]]
 
 
 @every_isa
@@ -242,7 +244,7 @@ def test_penalties_tell_prompt_from_output(isa: str) -> None:
         },
         {"params": SamplingParams(**greedy, logit_bias=[(4, 4.2)]), "tokens": [0]},
     ]
-    drawn = [token for token, _, _ in sample(isa, np.tile(logits, (len(rows), 1)), rows)]
+    drawn = [token for token, *_ in sample(isa, np.tile(logits, (len(rows), 1)), rows)]
     assert drawn == [0, 1, 1, 0, 1, 4, 4]
 
 
@@ -251,10 +253,11 @@ def test_chosen_logprob_is_of_the_untouched_logits(isa: str) -> None:
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((1, 500)) * 3
     params = SamplingParams(temperature=0.5, logit_bias=[(9, 100.0)], repetition_penalty=1.5)
-    ((token, logprob, top),) = sample(isa, logits, [{"params": params, "tokens": [9, 4], "top": 20}])
+    ((token, logprob, top, rank),) = sample(isa, logits, [{"params": params, "tokens": [9, 4], "top": 20}])
     x = logits[0].astype(np.float32).astype(np.float64)
     raw = x - np.log(np.exp(x).sum())
     assert token == 9
+    assert rank == 1 + np.count_nonzero(x > x[9]) > 1
     assert abs(logprob - raw[9]) < 1e-5
     assert np.allclose([v for _, v in top], np.sort(raw)[::-1][:20], atol=1e-5)
 
@@ -266,8 +269,8 @@ def test_target_rows_only_report(isa: str) -> None:
     rows = [{"target": 13, "top": 0, "tokens": [1]}, {"target": 699, "top": 5, "tokens": [1]}]
     results = sample(isa, logits, rows)
     raw = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    assert [(token, len(top)) for token, _, top in results] == [(13, 0), (699, 5)]
-    assert np.allclose([logprob for _, logprob, _ in results], [raw[0, 13], raw[1, 699]], atol=1e-5)
+    assert [(token, len(top)) for token, _, top, _ in results] == [(13, 0), (699, 5)]
+    assert np.allclose([logprob for _, logprob, *_ in results], [raw[0, 13], raw[1, 699]], atol=1e-5)
 
 
 # ---- Bad rows
@@ -287,7 +290,7 @@ def test_rows_that_hold_no_choice(isa: str, temperature: float) -> None:
     rows = [{"params": params, "tokens": [1], "top": 2} for _ in range(8)]
     rows[6]["stop_ids"] = list(range(2050))
     results = sample(isa, logits, rows)
-    assert [token for token, _, _ in results] == [-1, -1, -1, -1, 2049, -1, -1, 2049]
+    assert [token for token, *_ in results] == [-1, -1, -1, -1, 2049, -1, -1, 2049]
     assert results[4][1] == 0.0
 
 
@@ -297,7 +300,7 @@ def test_extreme_temperatures(isa: str, temperature: float) -> None:
     rng = np.random.default_rng(2)
     logits = np.tile(rng.permutation(64) / 8.0, (400, 1))
     rows = [{"params": SamplingParams(temperature=temperature, seed=s), "tokens": [1]} for s in range(400)]
-    seen = {token for token, _, _ in sample(isa, logits, rows)}
+    seen = {token for token, *_ in sample(isa, logits, rows)}
     assert seen == {int(np.argmax(logits[0]))} if temperature < 1 else len(seen) > 55
 
 
@@ -318,7 +321,7 @@ def test_draws_have_the_distribution(isa: str, fields: dict) -> None:
         rows = [
             {"params": SamplingParams(seed=s, **fields), "tokens": [0]} for s in range(start, start + 4000)
         ]
-        for token, _, _ in sample(isa, np.tile(logits, (4000, 1)), rows):
+        for token, *_ in sample(isa, np.tile(logits, (4000, 1)), rows):
             counts[token] += 1
     p = kept(logits.astype(np.float32), rows[0])
     assert counts[p == 0].sum() == 0
@@ -353,7 +356,7 @@ def test_large_vocabulary(isa: str) -> None:
         for s in range(9)
     ]
     total = np.exp(5.0) + vocab - 1
-    for row, (token, logprob, _) in zip(rows, sample(isa, logits, rows), strict=True):
+    for row, (token, logprob, *_) in zip(rows, sample(isa, logits, rows), strict=True):
         u = uniform(row["params"].seed, 0, 1)
         kept_total = total if row["params"].top_p == 1 else np.ceil(0.999 * total - np.exp(5.0)) + np.exp(5.0)
         want = max(0, u * kept_total - np.exp(5.0) + 1)

@@ -120,6 +120,18 @@ def test_the_space_after_the_prompt_is_kept(name):
 
 
 @every_tokenizer
+def test_the_texts_of_tokens_are_what_they_add(tokenizer):
+    begin = tokenizer.encode("hi", add_special_tokens=False)
+    for token in range(tokenizer.vocab_size):
+        text = tokenizer.token_text(token)
+        if "\ufffd" in text:
+            continue
+        before = tokenizer.decode(begin, skip_special_tokens=False)
+        assert tokenizer.decode([*begin, token], skip_special_tokens=False) == before + text
+        assert tokenizer.token_bytes(token) == text.encode()
+
+
+@every_tokenizer
 def test_a_token_costs_a_short_window(tokenizer):
     class Counting:
         longest = 0

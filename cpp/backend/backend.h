@@ -78,6 +78,7 @@ struct SampleRow {
 struct SampleResult {
   Token token = -1;                   // the choice (or target); -1 if the logits hold NaN or no finite value
   float logprob = 0.0f;
+  int32_t rank = 0;                   // among the logits as they came: 1 is the best; 0 unless asked for
   int32_t top_count = 0;
   TokenLogprob top[kMaxLogprobs];     // best first, ties by lower id
 };

@@ -91,7 +91,10 @@ class Chooser {
       }
       result.token = row.params->temperature == 0.0f ? max.index : draw(row, max.value);
     }
-    if (row.top >= 0) result.logprob = static_cast<float>(raw[result.token] - log_total);
+    if (row.top >= 0) {
+      result.logprob = static_cast<float>(raw[result.token] - log_total);
+      result.rank = rank(raw, result.token);
+    }
     return result;
   }
 
@@ -115,6 +118,20 @@ class Chooser {
       sum += part;
     }
     return sum;
+  }
+
+  // Where a token stands among the logits `raw`; 1 is the first.
+  int32_t rank(const float* raw, Token token) const {
+    const Candidate own{raw[token], token};
+    int32_t rank = 1;
+    for (int32_t begin = 0; begin < vocab_; begin += kChunk) {
+      const int32_t found = kernels_.find(raw + begin, std::min(kChunk, vocab_ - begin), own.logit, scratch_.found);
+      for (int32_t i = 0; i < found; ++i) {
+        const int32_t id = begin + scratch_.found[i];
+        rank += before({raw[id], id}, own) ? 1 : 0;
+      }
+    }
+    return rank;
   }
 
   void report_top(int32_t count, double log_total, SampleResult& result) {

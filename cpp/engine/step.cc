@@ -270,13 +270,18 @@ void Engine::Impl::commit_logits(const LogitRow& row, const SampleResult& result
   output_.top.insert(output_.top.end(), result.top, result.top + result.top_count);
   if (!row.samples) {
     output_.prompt.push_back(
-        {seq.id, row.position + 1, seq.tokens[row.position + 1], result.logprob, top_begin, result.top_count});
+        {seq.id, row.position + 1, seq.tokens[row.position + 1], result.logprob, result.rank, top_begin, result.top_count});
     seq.reported = row.position + 2;
     return;
   }
   seq.tokens.push_back(result.token);
-  const Sampled sampled{seq.id,         result.token, finish_of(seq, result.token),
-                        result.logprob, top_begin,    result.top_count};
+  const Sampled sampled{.id = seq.id,
+                        .token = result.token,
+                        .finish = finish_of(seq, result.token),
+                        .logprob = result.logprob,
+                        .rank = result.rank,
+                        .top_begin = top_begin,
+                        .top_count = result.top_count};
   if (sampled.finish == Finish::kNone) {
     output_.sampled.push_back(sampled);
   } else {

@@ -131,12 +131,14 @@ void register_output(py::module_& module) {
       .def_property_readonly("token", [](const PySampled& self) { return self.sampled.token; })
       .def_property_readonly("finish", [](const PySampled& self) { return finish_name(self.sampled.finish); })
       .def_property_readonly("logprob", [](const PySampled& self) { return self.sampled.logprob; })
+      .def_property_readonly("rank", [](const PySampled& self) { return self.sampled.rank; })
       .def_readonly("top", &PySampled::top);
   py::class_<PyPromptLogprob>(module, "PromptLogprob")
       .def_property_readonly("id", [](const PyPromptLogprob& self) { return self.row.id; })
       .def_property_readonly("position", [](const PyPromptLogprob& self) { return self.row.position; })
       .def_property_readonly("token", [](const PyPromptLogprob& self) { return self.row.token; })
       .def_property_readonly("logprob", [](const PyPromptLogprob& self) { return self.row.logprob; })
+      .def_property_readonly("rank", [](const PyPromptLogprob& self) { return self.row.rank; })
       .def_readonly("top", &PyPromptLogprob::top);
   py::class_<StepOutput>(module, "StepOutput")
       .def_property_readonly("ids",

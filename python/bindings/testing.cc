@@ -180,7 +180,7 @@ class Ops {
       for (int32_t i = 0; i < result.top_count; ++i) {
         top.append(py::make_tuple(result.top[i].token, result.top[i].logprob));
       }
-      list.append(py::make_tuple(result.token, result.logprob, top));
+      list.append(py::make_tuple(result.token, result.logprob, top, result.rank));
     }
     return list;
   }

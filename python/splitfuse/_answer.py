@@ -146,10 +146,11 @@ class TokenTexts:
 
     def entry(self, sampled: _core.Sampled | _core.PromptLogprob) -> TokenLogprobs:
         """The chosen token first, then the most likely others."""
-        entry = {sampled.token: Logprob(sampled.token, sampled.logprob, self._text(sampled.token))}
-        for token, logprob in sampled.top:
+        chosen = sampled.token
+        entry = {chosen: Logprob(chosen, sampled.logprob, sampled.rank, self._text(chosen))}
+        for rank, (token, logprob) in enumerate(sampled.top, 1):
             if token not in entry:
-                entry[token] = Logprob(token, logprob, self._text(token))
+                entry[token] = Logprob(token, logprob, rank, self._text(token))
         return entry
 
     def _text(self, token: int) -> str | None:
@@ -157,5 +158,5 @@ class TokenTexts:
             return None
         text = self._texts.get(token)
         if text is None:
-            text = self._texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
+            text = self._texts[token] = self._tokenizer.token_text(token)
         return text

@@ -162,6 +162,7 @@ class Sampled:
     token: int
     finish: str | None  # "stop" | "length" | "error"
     logprob: float
+    rank: int  # 1: the most likely token, ties by lower id; 0 unless log-probabilities were asked for
     top: list[tuple[int, float]]  # (token, logprob), best first
 
 class PromptLogprob:
@@ -169,6 +170,7 @@ class PromptLogprob:
     position: int
     token: int
     logprob: float
+    rank: int
     top: list[tuple[int, float]]
 
 class StepOutput:

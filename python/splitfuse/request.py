@@ -233,8 +233,10 @@ class Logprob:
 
     token_id: int
     logprob: float
+    rank: int
+    """Where it stands in that distribution: 1 is the most likely; ties by lower id."""
     text: str | None = None
-    """The token decoded alone; None without a tokenizer."""
+    """What the token adds to a text; None without a tokenizer."""
 
 
 TokenLogprobs = dict[int, Logprob]

@@ -96,9 +96,17 @@ class Tokenizer:
         """Whether it is one byte of a code point that the vocabulary lacks."""
         return token_id in self._bytes
 
+    def token_text(self, token_id: int) -> str:
+        """What a token adds to a text it goes on with, the space before a word included."""
+        alone = self.decode([token_id], skip_special_tokens=False)
+        if _REPLACEMENT in alone:
+            return alone
+        # Some decoders strip the space that a text begins with.
+        return self.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :]
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for, exactly, also where it is part of a code point, so no text of its own."""
-        text = self.decode([token_id], skip_special_tokens=False)
+        text = self.token_text(token_id)
         token = self.id_to_token(token_id)
         if token is None or _REPLACEMENT not in text:
             return text.encode()

@@ -28,7 +28,7 @@ def _value(entry: Logprob) -> float:
 
 def _best(entries: TokenLogprobs, count: int) -> list[Logprob]:
     """The `count` most likely, best first; the chosen token is one of them only if it is that likely."""
-    return sorted(entries.values(), key=lambda entry: -entry.logprob)[:count]
+    return sorted((entry for entry in entries.values() if entry.rank <= count), key=lambda entry: entry.rank)
 
 
 def chat_logprobs(
@@ -63,8 +63,8 @@ def completion_logprobs(
     tops: list[dict[str, float] | None] = []
     for entries, token in zip(positions, ids, strict=True):
         if entries is None:
-            text = None if tokenizer is None else tokenizer.decode([token], skip_special_tokens=False)
-            chosen = Logprob(token, 0.0, text)
+            text = None if tokenizer is None else tokenizer.token_text(token)
+            chosen = Logprob(token, 0.0, 0, text)
         else:
             chosen = next(iter(entries.values()))
         tokens.append(name(chosen))
@@ -80,14 +80,15 @@ def completion_logprobs(
 def prompt_logprobs(
     positions: Iterable[TokenLogprobs | None], top: int
 ) -> list[dict[str, dict[str, Any]] | None]:
-    """One entry a token, None for the first: token id to {"logprob", "rank", "decoded_token"}. `rank` is None
-    for a token that is not among the `top`."""
+    """One entry a token, None for the first: token id to {"logprob", "rank", "decoded_token"}, of the chosen
+    token and the `top` most likely."""
     return [None if entries is None else _ranked(entries, top) for entries in positions]
 
 
 def _ranked(entries: TokenLogprobs, top: int) -> dict[str, dict[str, Any]]:
-    ranks = {entry.token_id: rank for rank, entry in enumerate(_best(entries, top), 1)}
+    chosen = next(iter(entries.values()))
+    shown = {entry.token_id: entry for entry in (chosen, *_best(entries, top))}
     return {
-        str(token): {"logprob": _value(entry), "rank": ranks.get(token), "decoded_token": entry.text}
-        for token, entry in entries.items()
+        str(token): {"logprob": _value(entry), "rank": entry.rank, "decoded_token": entry.text}
+        for token, entry in shown.items()
     }
