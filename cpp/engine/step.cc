@@ -269,8 +269,8 @@ void Engine::Impl::commit_logits(const LogitRow& row, const SampleResult& result
   const auto top_begin = static_cast<int32_t>(output_.top.size());
   output_.top.insert(output_.top.end(), result.top, result.top + result.top_count);
   if (!row.samples) {
-    output_.prompt.push_back(
-        {seq.id, row.position + 1, seq.tokens[row.position + 1], result.logprob, result.rank, top_begin, result.top_count});
+    output_.prompt.push_back({seq.id, row.position + 1, seq.tokens[row.position + 1], result.logprob, result.rank,
+                              top_begin, result.top_count});
     seq.reported = row.position + 2;
     return;
   }

@@ -43,7 +43,7 @@ struct Sampled {
   Token token = -1;       // -1 with Finish::kError
   Finish finish = Finish::kNone;
   float logprob = 0.0f;   // of the model's own distribution, before penalties and temperature; 0 unless asked for
-  int32_t rank = 0;       // of the token by that distribution, 1: the most likely, ties by lower id; 0 unless asked for
+  int32_t rank = 0;       // of the token by that distribution: 1 is the most likely; 0 unless asked for
   int32_t top_begin = 0;  // StepOutput::top[top_begin, top_begin + top_count): the most likely tokens, best first
   int32_t top_count = 0;
 };
