@@ -36,7 +36,9 @@ CPP_EXCEPTIONS = {
     "python/bindings/testing.cc": {"base", "backend", "host", "cpu", "model"},
     "python/bindings/testing_engine.cc": {"base", "backend", "host", "model", "engine"},
 }
-INTRINSICS = re.compile(r"_(avx2|avx512|avx512_bf16)(-inl)?\.(cc|h)$")  # files of one instruction set
+INTRINSICS = re.compile(
+    r"_(avx2|avx512|avx512_vnni|avx512_bf16)(-inl)?\.(cc|h)$"
+)  # files of one instruction set
 POSIX = re.compile(r"(sys/\w+|linux/\w+|fcntl|pthread|sched|unistd)\.h")
 BACKEND_FACTORY = re.compile(r"\bmake_(cpu|cuda)_backend\b")
 
@@ -171,7 +173,7 @@ def import_offences(root: Path) -> list[str]:
     return offences
 
 
-KERNEL = re.compile(r"cpp/cpu/\w+(_(ref|avx2|avx512|avx512_bf16)\.cc|-inl\.h)")
+KERNEL = re.compile(r"cpp/cpu/\w+(_(ref|avx2|avx512|avx512_vnni|avx512_bf16)\.cc|-inl\.h)")
 
 
 def is_kernel(file: Path) -> bool:

@@ -32,6 +32,7 @@ struct LinearShape {
   int32_t k = 0;
   bool bias = false;
   bool gated = false;   // holds two matrices [n, k], gate and up: linear_gated() combines them
+  WeightFormat format = WeightFormat::kDense;
 };
 struct Linear : LinearShape {
   std::byte* data = nullptr;   // linear_bytes(shape) bytes, 64-byte aligned
@@ -56,6 +57,7 @@ struct StepLimits {
   int32_t max_context = 0;   // positions of a sequence
   int32_t max_logit_rows = 0;   // rows of one sample() call
   int32_t vocab = 0;
+  int32_t integer_depth = 0;   // the largest k of a linear that is not kDense; 0: there is none
 };
 
 struct AttentionShape {
@@ -131,7 +133,7 @@ class Backend {
   virtual DeviceBuffer allocate(int64_t bytes) = 0;
   /// Takes every scratch byte; after it no operation allocates. `kv`: kv_block_bytes * blocks, zeroed.
   virtual void prepare(const AttentionShape& attention, const StepLimits& limits, std::byte* kv) = 0;
-  /// Packs a host tensor [rows, k] (f32, bf16, f16) into rows [row, row + rows) of `linear`.
+  /// Packs a host tensor [rows, k] (f32, bf16, f16) into rows [row, row + rows) of `linear`, quantized to its format.
   virtual void pack(const Linear& linear, Rows which, int32_t row, const TensorView& weight) = 0;
   /// The same for a bias [rows].
   virtual void pack_bias(const Linear& linear, Rows which, int32_t row, const TensorView& bias) = 0;

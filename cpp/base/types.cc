@@ -26,4 +26,24 @@ DType dtype_from_name(const std::string& name) {
   throw ConfigError(cat("dtype is \"", name, "\"; expected \"float32\", \"bfloat16\" or \"float16\""));
 }
 
+const char* weight_format_name(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kDense:
+      return "dense";
+    case WeightFormat::kInt8:
+      return "int8";
+    case WeightFormat::kInt4:
+      return "int4";
+  }
+  SPLITFUSE_ASSERT(!"a WeightFormat outside the enumeration");
+  return "";
+}
+
+WeightFormat weight_format_from_name(const std::string& name) {
+  for (const WeightFormat format : {WeightFormat::kDense, WeightFormat::kInt8, WeightFormat::kInt4}) {
+    if (name == weight_format_name(format)) return format;
+  }
+  throw ConfigError(cat("quantize is \"", name, "\"; expected \"dense\", \"int8\" or \"int4\""));
+}
+
 }  // namespace splitfuse

@@ -22,7 +22,7 @@ std::string CpuBackend::describe() const {
 int64_t CpuBackend::available() const { return available_memory(); }
 
 int64_t CpuBackend::scratch_bytes(const AttentionShape& attention, const StepLimits& limits) const {
-  return linears_.scratch_bytes() + attention_.scratch_bytes(attention, limits) + sampler_.scratch_bytes(limits);
+  return linears_.scratch_bytes(limits) + attention_.scratch_bytes(attention, limits) + sampler_.scratch_bytes(limits);
 }
 
 DeviceBuffer CpuBackend::allocate(int64_t bytes) {
@@ -31,7 +31,7 @@ DeviceBuffer CpuBackend::allocate(int64_t bytes) {
 }
 
 void CpuBackend::prepare(const AttentionShape& attention, const StepLimits& limits, std::byte* kv) {
-  linears_.prepare();
+  linears_.prepare(limits);
   attention_.prepare(attention, limits, kv);
   sampler_.prepare(limits);
 }

@@ -199,11 +199,10 @@ template <class Format, int R, int C>
 }
 
 /// Writes sums [rows][W] of a panel to rows of `task.out` that begin at `row`.
-template <class Format, int R, int W>
+template <class Out, int R, int W>
 void finish(const GemmTask& task, int32_t p, int32_t row, int32_t rows, float* sums) {
   if (task.bias != nullptr) add_bias<W>(sums, rows, task.bias + int64_t{p} * W);
   if (task.epilogue == Epilogue::kGate) {
-    using Out = typename Format::Out;
     Out* out = static_cast<Out*>(task.out) + row * task.out_stride + p * (W / 2);
     write_gated<R, W, Out>(sums, rows, out, task.out_stride, task.columns - p * (W / 2));
     return;
@@ -243,7 +242,7 @@ void multiply(const GemmTask& task) {
         block.in = static_cast<const In*>(task.in) + row * task.in_stride + int64_t{begin} * Format::kPerStep;
         block.sums = task.sums + (blocks > 1 ? row * W : 0);
         micro_rows<Format, R, C>(rows, block);
-        if (begin + block.steps == steps) finish<Format, R, W>(task, p, row, rows, block.sums);
+        if (begin + block.steps == steps) finish<typename Format::Out, R, W>(task, p, row, rows, block.sums);
       }
     }
   }

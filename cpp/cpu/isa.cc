@@ -11,7 +11,7 @@
 namespace splitfuse {
 namespace {
 
-constexpr std::array kLadder = {Isa::kRef, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr std::array kLadder = {Isa::kRef, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16};
 constexpr const char* kOverride = "SPLITFUSE_CPU_ISA";
 
 Isa best() {
@@ -45,6 +45,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Vnni:
+      return "avx512_vnni";
     case Isa::kAvx512Bf16:
       return "avx512_bf16";
   }
@@ -57,6 +59,7 @@ bool isa_available(Isa isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   switch (isa) {
     case Isa::kRef:
       return true;
@@ -64,8 +67,10 @@ bool isa_available(Isa isa) {
       return avx2;
     case Isa::kAvx512:
       return avx512;
+    case Isa::kAvx512Vnni:
+      return vnni;
     case Isa::kAvx512Bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16");
+      return vnni && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else

@@ -14,25 +14,47 @@ constexpr int64_t kRowBytes = 448 << 10;
 constexpr int64_t kWidenFloats = 256 << 10;
 /// Pieces of a thread's share: small enough that a thread that was held up can be helped.
 constexpr int32_t kPieces = 8;
+/// Rows of up to this many groups in all are quantized by each thread for itself: that is quicker than a fork and join.
+constexpr int32_t kOwnGroups = 96;
+constexpr int64_t kOwnBytes = int64_t{64} * kOwnGroups;   // a record of one group takes 64
 
 }  // namespace
 
 GemmTable gemm_table(Isa isa) {
   GemmTable table;
   add_gemm_ref(table);
+  add_integer_gemm_ref(table);
 #if defined(__x86_64__)
   if (isa >= Isa::kAvx2) add_gemm_avx2(table);
+  if (isa >= Isa::kAvx2) add_integer_gemm_avx2(table);
   if (isa >= Isa::kAvx512) add_gemm_avx512(table);
+  if (isa >= Isa::kAvx512) add_integer_gemm_avx512(table);
+  if (isa >= Isa::kAvx512Vnni) add_integer_gemm_avx512_vnni(table);
   if (isa >= Isa::kAvx512Bf16) add_gemm_avx512_bf16(table);
 #endif
   return table;
 }
 
+const GemmKernel& gemm_kernel(const GemmTable& table, DType dtype, WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kDense:
+      break;
+    case WeightFormat::kInt8:
+      return table.int8;
+    case WeightFormat::kInt4:
+      return table.int4;
+  }
+  return dtype == DType::kBF16 ? table.bf16 : table.f32;
+}
+
 /// One multiplication, cut up: the rows into blocks, each share into groups of panels. A piece is a block times a
 /// group; pieces go through all groups with one block of rows before they come to the next.
 struct LinearOps::Work {
+  const GemmKernel& kernel;
   GemmTask task;             // of all rows and panels
+  int64_t in_row_bytes = 0;  // from one of its rows to the next
   int32_t row_bytes = 0;     // of one row as the kernel reads it
+  bool own = false;          // each thread makes these from the task's rows for itself
   int32_t block_rows = 0;
   int32_t row_blocks = 0;
   int32_t group_panels = 0;
@@ -40,14 +62,21 @@ struct LinearOps::Work {
 };
 
 LinearOps::LinearOps(DType dtype, Isa isa, ThreadPool& pool)
-    : dtype_(dtype), pool_(pool), kernel_(dtype == DType::kBF16 ? gemm_table(isa).bf16 : gemm_table(isa).f32),
-      shares_(new Share[static_cast<size_t>(pool.size())]) {}
+    : dtype_(dtype), pool_(pool), table_(gemm_table(isa)), shares_(new Share[static_cast<size_t>(pool.size())]) {}
 
-int64_t LinearOps::thread_floats() const { return kSumFloats + (kernel_.widen != nullptr ? kWidenFloats : 0); }
+int64_t LinearOps::thread_bytes() const {
+  const bool widens = kernel(WeightFormat::kDense).widen != nullptr;
+  const int64_t sums = kSumFloats * int64_t{sizeof(float)};
+  return round_up(sums + (widens ? kWidenFloats * int64_t{sizeof(float)} : kOwnBytes), int64_t{64});
+}
 
-int64_t LinearOps::scratch_bytes() const { return pool_.size() * thread_floats() * int64_t{sizeof(float)}; }
+int64_t LinearOps::scratch_bytes(const StepLimits& limits) const {
+  const int64_t records =
+      limits.integer_depth > 0 ? int64_t{limits.max_rows} * row_record(limits.integer_depth).bytes : 0;
+  return pool_.size() * thread_bytes() + records;
+}
 
-void LinearOps::prepare() { scratch_ = Memory(scratch_bytes()); }
+void LinearOps::prepare(const StepLimits& limits) { scratch_ = Memory(scratch_bytes(limits)); }
 
 void LinearOps::pack(const Linear& linear, Rows which, int32_t row, const TensorView& weight) {
   pack_weight(linear, layout(linear), dtype_, which, row, weight, pool_);
@@ -68,10 +97,10 @@ void LinearOps::embed(const Linear& table, std::span<const Token> tokens, float*
 }
 
 void LinearOps::divide(Work& work) {
-  const int32_t tile = kernel_.row_tile;
+  const int32_t tile = work.kernel.row_tile;
   const auto room = static_cast<int32_t>(kRowBytes / std::min(work.row_bytes, kDepthBytes) / tile * tile);
   int32_t most_rows = std::min(room, kTaskRows / tile * tile);
-  if (kernel_.widen != nullptr) {
+  if (work.kernel.widen != nullptr) {
     most_rows = std::min(most_rows, static_cast<int32_t>(kWidenFloats * int64_t{sizeof(float)} / work.row_bytes));
     if (most_rows > tile) most_rows = most_rows / tile * tile;
   }
@@ -91,8 +120,35 @@ void LinearOps::divide(Work& work) {
   }
 }
 
-/// `widened`: the block of rows that stands in scratch as f32.
-void LinearOps::run_piece(const Work& work, const Share& share, int32_t piece, float* scratch, int32_t& widened) const {
+/// One row as the kernel wants it, from one in the format of activations.
+void LinearOps::prepare_row(const Work& work, const std::byte* in, std::byte* out) const {
+  if (work.kernel.widen != nullptr) {
+    work.kernel.widen(in, work.row_bytes / int64_t{sizeof(float)}, reinterpret_cast<float*>(out));
+  } else if (dtype_ == DType::kBF16) {
+    work.kernel.quantize_bf16(in, work.task.depth, out);
+  } else {
+    work.kernel.quantize_f32(in, work.task.depth, out);
+  }
+}
+
+/// Prepares all rows, for all threads to read.
+void LinearOps::prepare_rows(Work& work) {
+  std::byte* const prepared = scratch_.data() + pool_.size() * thread_bytes();
+  const auto* in = static_cast<const std::byte*>(work.task.in);
+  const int64_t rows = work.task.rows;
+  SPLITFUSE_ASSERT(prepared + rows * work.row_bytes <= scratch_.data() + scratch_.size());
+  pool_.run([&](int thread) {
+    for (int64_t r = rows * thread / pool_.size(); r < rows * (thread + 1) / pool_.size(); ++r) {
+      prepare_row(work, in + r * work.in_row_bytes, prepared + r * work.row_bytes);
+    }
+  });
+  work.task.in = prepared;
+  work.task.in_stride = work.in_row_bytes = work.row_bytes;
+}
+
+/// `prepared`: the block of rows that stands in scratch as the kernel wants it, where each thread sees to that itself.
+void LinearOps::run_piece(const Work& work, const Share& share, int32_t piece, float* scratch,
+                          int32_t& prepared) const {
   const int32_t groups = share.pieces / work.row_blocks;
   const int32_t block = piece / groups;
   const int32_t group = piece % groups;
@@ -102,22 +158,20 @@ void LinearOps::run_piece(const Work& work, const Share& share, int32_t piece, f
   task.rows = std::min(work.block_rows, task.rows - row);
   task.panel_begin = share.panel_begin + group * work.group_panels;
   task.panel_end = std::min(task.panel_begin + work.group_panels, share.panel_end);
-  const int64_t in_bytes = dtype_size(dtype_);
-  const auto* in = static_cast<const std::byte*>(task.in) + row * task.in_stride * in_bytes;
-  const int64_t out_bytes = task.epilogue == Epilogue::kGate ? in_bytes : int64_t{sizeof(float)};
+  const auto* in = static_cast<const std::byte*>(task.in) + row * work.in_row_bytes;
+  const int64_t out_bytes = task.epilogue == Epilogue::kGate ? dtype_size(dtype_) : int64_t{sizeof(float)};
   task.out = static_cast<std::byte*>(task.out) + row * task.out_stride * out_bytes;
   task.in = in;
-  if (kernel_.widen != nullptr) {
-    float* wide = scratch + kSumFloats;
-    const int64_t stride = work.row_bytes / int64_t{sizeof(float)};
-    for (int32_t r = 0; r < task.rows && widened != block; ++r) {
-      kernel_.widen(in + r * task.in_stride * in_bytes, stride, wide + r * stride);
+  if (work.own) {
+    auto* const rows = reinterpret_cast<std::byte*>(scratch + kSumFloats);
+    for (int64_t r = 0; r < task.rows && prepared != block; ++r) {
+      prepare_row(work, in + r * work.in_row_bytes, rows + r * work.row_bytes);
     }
-    widened = block;
-    task.in = wide;
-    task.in_stride = stride;
+    prepared = block;
+    task.in = rows;
+    task.in_stride = work.kernel.widen != nullptr ? work.row_bytes / int64_t{sizeof(float)} : work.row_bytes;
   }
-  kernel_.multiply(task);
+  work.kernel.multiply(task);
 }
 
 void LinearOps::multiply(const Linear& linear, const void* in, int32_t rows, Epilogue epilogue, void* out) {
@@ -125,7 +179,7 @@ void LinearOps::multiply(const Linear& linear, const void* in, int32_t rows, Epi
   SPLITFUSE_ASSERT(scratch_.size() > 0);
   SPLITFUSE_ASSERT(linear.gated == (epilogue == Epilogue::kGate));
   const PackedLayout packed = layout(linear);
-  Work work;
+  Work work = {kernel(linear.format), {}};
   work.task = {.in = in,
                .in_stride = row_stride(linear.k),
                .rows = rows,
@@ -137,18 +191,27 @@ void LinearOps::multiply(const Linear& linear, const void* in, int32_t rows, Epi
                .out_stride = row_stride(linear.n),
                .epilogue = epilogue};
   work.panels = packed.panels();
-  work.row_bytes = kernel_.widen != nullptr ? round_up(linear.k, 2) * static_cast<int32_t>(sizeof(float))
-                                            : static_cast<int32_t>(linear.k * dtype_size(dtype_));
+  work.in_row_bytes = row_stride(linear.k) * dtype_size(dtype_);
+  if (linear.format != WeightFormat::kDense) {
+    work.row_bytes = row_record(linear.k).bytes;
+    work.own = int64_t{rows} * row_record(linear.k).groups <= kOwnGroups;
+    work.task.narrow = dtype_ == DType::kBF16;
+    if (!work.own) prepare_rows(work);
+  } else {
+    work.own = work.kernel.widen != nullptr;
+    const int64_t element = work.own ? int64_t{sizeof(float)} : dtype_size(dtype_);
+    work.row_bytes = static_cast<int32_t>((work.own ? round_up(linear.k, 2) : linear.k) * element);
+  }
   divide(work);
   pool_.run([&](int thread) {
-    float* scratch = reinterpret_cast<float*>(scratch_.data()) + thread * thread_floats();
-    int32_t widened = -1;
+    float* scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_bytes());
+    int32_t prepared = -1;
     for (int i = 0; i < pool_.size(); ++i) {
       Share& share = shares_[static_cast<size_t>((thread + i) % pool_.size())];
       for (;;) {
         const int32_t piece = share.next.fetch_add(1, std::memory_order_relaxed);
         if (piece >= share.pieces) break;
-        run_piece(work, share, piece, scratch, widened);
+        run_piece(work, share, piece, scratch, prepared);
       }
     }
   });

@@ -17,6 +17,8 @@ namespace splitfuse {
 
 /// The best kernels of every rung up to `isa`.
 GemmTable gemm_table(Isa isa);
+/// The kernels for weights of `format`, which is that of `dtype` activations where it is kDense.
+const GemmKernel& gemm_kernel(const GemmTable& table, DType dtype, WeightFormat format);
 
 class LinearOps {
  public:
@@ -24,8 +26,8 @@ class LinearOps {
 
   int64_t bytes(const LinearShape& shape) const { return layout(shape).bytes(); }
   /// Bytes that prepare() will take.
-  int64_t scratch_bytes() const;
-  void prepare();
+  int64_t scratch_bytes(const StepLimits& limits) const;
+  void prepare(const StepLimits& limits);
 
   /// As Backend's operations of these names.
   void pack(const Linear& linear, Rows which, int32_t row, const TensorView& weight);
@@ -45,16 +47,19 @@ class LinearOps {
   };
   struct Work;
 
-  PackedLayout layout(const LinearShape& shape) const { return {shape, dtype_, kernel_.width}; }
-  int64_t thread_floats() const;
+  const GemmKernel& kernel(WeightFormat format) const { return gemm_kernel(table_, dtype_, format); }
+  PackedLayout layout(const LinearShape& shape) const { return {shape, dtype_, kernel(shape.format).width}; }
+  int64_t thread_bytes() const;
+  void prepare_row(const Work& work, const std::byte* in, std::byte* out) const;
+  void prepare_rows(Work& work);
   void divide(Work& work);
   void run_piece(const Work& work, const Share& share, int32_t piece, float* scratch, int32_t& widened) const;
 
   DType dtype_;
   ThreadPool& pool_;
-  GemmKernel kernel_;
+  GemmTable table_;
   std::unique_ptr<Share[]> shares_;   // [threads]
-  Memory scratch_;                    // [threads][thread_floats()]
+  Memory scratch_;                    // [threads][thread_bytes()], then rows as records
 };
 
 }  // namespace splitfuse

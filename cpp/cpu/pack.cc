@@ -2,27 +2,16 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "backend/backend.h"
 #include "base/check.h"
 #include "base/numeric.h"
+#include "cpu/pack_integer.h"
+#include "cpu/pack_source.h"
 
 namespace splitfuse {
 namespace {
-
-// How the elements of host tensors become floats.
-struct FromF32 {
-  using Element = float;
-  static float value(float element) { return element; }
-};
-struct FromBf16 {
-  using Element = uint16_t;
-  static float value(uint16_t element) { return bf16_to_float(element); }
-};
-struct FromF16 {
-  using Element = uint16_t;
-  static float value(uint16_t element) { return f16_to_float(element); }
-};
 
 // How floats become elements of panels, and how many neighbours along k lie together there.
 struct ToF32 {
@@ -35,21 +24,6 @@ struct ToBf16 {
   static constexpr int32_t kTogether = 2;
   static uint16_t element(float value) { return float_to_bf16(value); }
 };
-
-template <class Function>
-void with_source(DType dtype, Function&& function) {
-  switch (dtype) {
-    case DType::kF32:
-      function(FromF32{});
-      return;
-    case DType::kBF16:
-      function(FromBf16{});
-      return;
-    case DType::kF16:
-      function(FromF16{});
-      return;
-  }
-}
 
 /// The part of one panel that `weight`'s rows [begin, end) fill; they become rows `row` + begin and on of the linear.
 /// Row by row would touch a cache line for each element; so the panel is written once, from front to back.
@@ -70,21 +44,30 @@ void pack_panel(const typename From::Element* weight, int32_t begin, int32_t end
   }
 }
 
-template <class From, class To>
-void pack_panels(const Linear& linear, const PackedLayout& layout, Rows which, int32_t row, const TensorView& weight,
-                 ThreadPool& pool) {
-  const auto rows = static_cast<int32_t>(weight.shape[0]);
+/// Calls pack(panel, begin, end) for each panel that rows [begin, end) of `rows` rows fall into; threads share panels.
+template <class Pack>
+void for_each_panel(const Linear& linear, const PackedLayout& layout, int32_t row, int32_t rows, ThreadPool& pool,
+                    const Pack& pack) {
   const int32_t per_panel = layout.rows_of_panel();
   const int32_t first = row / per_panel;
   const int32_t last = (row + rows - 1) / per_panel;
-  const auto* data = static_cast<const typename From::Element*>(weight.data);
   pool.run([&](int thread) {
     for (int32_t p = first + thread; p <= last; p += pool.size()) {
       const int32_t begin = std::max(p * per_panel - row, 0);
       const int32_t end = std::min((p + 1) * per_panel - row, rows);
-      auto* panel = reinterpret_cast<typename To::Element*>(linear.data + p * layout.panel_bytes());
-      pack_panel<From, To>(data, begin, end, row, linear.k, layout, which, panel);
+      pack(linear.data + p * layout.panel_bytes(), begin, end);
     }
+  });
+}
+
+template <class From, class To>
+void pack_panels(const Linear& linear, const PackedLayout& layout, Rows which, int32_t row, const TensorView& weight,
+                 ThreadPool& pool) {
+  const auto* data = static_cast<const typename From::Element*>(weight.data);
+  const auto rows = static_cast<int32_t>(weight.shape[0]);
+  for_each_panel(linear, layout, row, rows, pool, [&](std::byte* panel, int32_t begin, int32_t end) {
+    pack_panel<From, To>(data, begin, end, row, linear.k, layout, which,
+                         reinterpret_cast<typename To::Element*>(panel));
   });
 }
 
@@ -104,7 +87,9 @@ void check_rows(const Linear& linear, Rows which, int32_t row, const TensorView&
 PackedLayout::PackedLayout(const LinearShape& shape, DType dtype, int32_t width) : width_(width), gated_(shape.gated) {
   const int32_t columns = shape.gated ? 2 * round_up(shape.n, kGateGroup) : shape.n;
   panels_ = ceil_div(columns, width);
-  panel_bytes_ = (dtype == DType::kBF16 ? round_up(shape.k, 2) : shape.k) * int64_t{width} * dtype_size(dtype);
+  panel_bytes_ = shape.format != WeightFormat::kDense
+                     ? integer_panel_bytes(shape.format, shape.k, width)
+                     : (dtype == DType::kBF16 ? round_up(shape.k, 2) : shape.k) * int64_t{width} * dtype_size(dtype);
   const int64_t bias_bytes = shape.bias ? int64_t{panels_} * width * int64_t{sizeof(float)} : 0;
   bytes_ = round_up<int64_t>(bias_offset() + bias_bytes, 64);
 }
@@ -115,7 +100,19 @@ void pack_weight(const Linear& linear, const PackedLayout& layout, DType dtype, 
   if (weight.shape[0] == 0) return;
   with_source(weight.dtype, [&](auto from) {
     using From = decltype(from);
-    if (dtype == DType::kBF16) {
+    if (linear.format != WeightFormat::kDense) {
+      const auto* data = static_cast<const typename From::Element*>(weight.data);
+      const auto rows = static_cast<int32_t>(weight.shape[0]);
+      for_each_panel(linear, layout, row, rows, pool, [&](std::byte* panel, int32_t begin, int32_t end) {
+        std::vector<float> channel(static_cast<size_t>(linear.k));
+        for (int32_t r = begin; r < end; ++r) {
+          for (int32_t k = 0; k < linear.k; ++k)
+            channel[static_cast<size_t>(k)] = From::value(data[int64_t{r} * linear.k + k]);
+          const int32_t column = layout.column(which, row + r) % layout.width();
+          quantize_channel(channel.data(), linear.format, linear.k, column, layout.width(), panel);
+        }
+      });
+    } else if (dtype == DType::kBF16) {
       pack_panels<From, ToBf16>(linear, layout, which, row, weight, pool);
     } else {
       pack_panels<From, ToF32>(linear, layout, which, row, weight, pool);
@@ -147,6 +144,9 @@ void to_f32(const TensorView& tensor, float* out) {
 void unpack_row(const Linear& linear, const PackedLayout& layout, DType dtype, int32_t row, float* out) {
   const std::byte* panel = linear.data + row / layout.width() * layout.panel_bytes();
   const int32_t column = row % layout.width();
+  if (linear.format != WeightFormat::kDense) {
+    return dequantize_channel(panel, linear.format, linear.k, column, layout.width(), out);
+  }
   if (dtype == DType::kF32) {
     const float* from = reinterpret_cast<const float*>(panel) + column;
     for (int32_t k = 0; k < linear.k; ++k) out[k] = from[int64_t{k} * layout.width()];

@@ -12,7 +12,8 @@
 
 namespace splitfuse {
 
-/// Where the parts of a packed linear lie: panels first, then the bias as f32, one for each packed column.
+/// Where the parts of a packed linear lie: panels first, then the bias as f32, one for each packed column. `dtype`: of
+/// kDense weights.
 class PackedLayout {
  public:
   /// `width`: columns of a panel, a multiple of 2 kGateGroup.
@@ -39,8 +40,8 @@ class PackedLayout {
   int64_t bytes_;
 };
 
-/// Writes a tensor [rows, k] of f32, bf16 or f16 to rows [row, row + rows) of `linear`, rounded to nearest even.
-/// What the tensor does not cover stays as it is. Throws InvalidArgument if it does not fit.
+/// Writes a tensor [rows, k] of f32, bf16 or f16 to rows [row, row + rows) of `linear`, rounded to nearest even or
+/// quantized. What the tensor does not cover stays as it is. Throws InvalidArgument if it does not fit.
 void pack_weight(const Linear& linear, const PackedLayout& layout, DType dtype, Rows which, int32_t row,
                  const TensorView& weight, ThreadPool& pool);
 /// The same for a bias [rows].

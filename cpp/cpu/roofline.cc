@@ -29,14 +29,14 @@ double best_rate(double seconds, Pass&& pass) {
 
 }  // namespace
 
-Roofline measure_roofline(DType dtype, int threads, Isa isa, double seconds) {
+Roofline measure_roofline(DType dtype, WeightFormat format, int threads, Isa isa, double seconds) {
   constexpr int64_t kReadBytes = int64_t{512} << 20;
   constexpr int64_t kPassBytes = int64_t{32} << 20;   // short passes, so that some run undisturbed
   constexpr int64_t kLine = 512;
   constexpr int64_t kRounds = 100000;
   ThreadPool pool(threads);
   const GemmTable table = gemm_table(isa);
-  const GemmKernel& kernel = dtype == DType::kBF16 ? table.bf16 : table.f32;
+  const GemmKernel& kernel = gemm_kernel(table, dtype, format);
   std::atomic<uint64_t> sink{0};   // keeps the reads from being left out
 
   const Memory memory(kReadBytes);

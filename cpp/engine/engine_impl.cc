@@ -57,7 +57,7 @@ Engine::Impl::Impl(const ModelConfig& model, WeightSource& weights, const Engine
                    const ProgressFn& progress, std::unique_ptr<Backend> backend)
     : model_(model), config_(config), backend_(std::move(backend)), sizing_(size_engine(model, config, *backend_)),
       weight_memory_(backend_->allocate(sizing_.plan.weights)),
-      weights_(lay_out_weights(model, *backend_, weight_memory_.data())),
+      weights_(lay_out_weights(model, config.quantize, *backend_, weight_memory_.data())),
       pool_(sizing_.plan.blocks, config.block_size, config.prefix_caching),
       builder_(sizing_.limits.max_rows, sizing_.limits.max_seqs) {
   load_weights(model_, *backend_, weights, weights_, progress);
@@ -257,7 +257,11 @@ Limits Engine::Impl::view(std::vector<SeqView>& out) {
   return limits();
 }
 
-std::string Engine::Impl::describe() const { return cat(backend_->describe(), ", token budget ", budget_); }
+std::string Engine::Impl::describe() const {
+  const bool dense = config_.quantize == WeightFormat::kDense;
+  return cat(backend_->describe(), dense ? "" : cat(", ", weight_format_name(config_.quantize), " weights"),
+             ", token budget ", budget_);
+}
 
 std::string Engine::Impl::check() const {
   std::vector<std::span<const BlockId>> tables;

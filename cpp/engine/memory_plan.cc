@@ -59,7 +59,7 @@ Sizing size_engine(const ModelConfig& model, const EngineConfig& config, const B
   MemoryPlan& plan = sizing.plan;
   StepLimits& limits = sizing.limits;
   plan.available = backend.available();
-  plan.weights = lay_out_weights(model, backend, nullptr).bytes;
+  plan.weights = lay_out_weights(model, config.quantize, backend, nullptr).bytes;
   plan.token_budget = config.token_budget > 0 ? config.token_budget : kLargestAutoBudget;
 
   const AttentionShape one_block = attention_shape(model, config.block_size, 1);
@@ -73,6 +73,9 @@ Sizing size_engine(const ModelConfig& model, const EngineConfig& config, const B
   limits.max_rows = std::max(plan.token_budget, std::min(config.max_step_tokens, limits.max_context));
   limits.max_seqs = std::min(config.max_sequences, plan.token_budget);
   limits.max_logit_rows = std::min(kMaxLogitRows, plan.token_budget);
+  if (config.quantize != WeightFormat::kDense) {
+    limits.integer_depth = std::max({model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size});
+  }
   plan.max_step_tokens = limits.max_rows;
   plan.kv_bytes_per_token = block_bytes / config.block_size;
   plan.workspace =

@@ -19,8 +19,8 @@ class Placer {
  public:
   Placer(const Backend& backend, std::byte* base) : backend_(backend), base_(base) {}
 
-  Linear linear(int32_t n, int32_t k, bool bias, bool gated = false) {
-    const LinearShape shape{n, k, bias, gated};
+  Linear linear(WeightFormat format, int32_t n, int32_t k, bool bias, bool gated = false) {
+    const LinearShape shape{n, k, bias, gated, format};
     return {shape, take(backend_.linear_bytes(shape))};
   }
   float* vector(int32_t n) { return reinterpret_cast<float*>(take(row_stride(n) * int64_t{sizeof(float)})); }
@@ -95,25 +95,27 @@ class TensorLoader {
 
 }  // namespace
 
-DecoderWeights lay_out_weights(const ModelConfig& config, const Backend& backend, std::byte* base) {
+DecoderWeights lay_out_weights(const ModelConfig& config, WeightFormat format, const Backend& backend,
+                               std::byte* base) {
+  const WeightFormat table = format == WeightFormat::kInt4 ? WeightFormat::kInt8 : format;
   const int32_t hidden = config.hidden_size;
   const int32_t heads_dim = config.num_heads * config.head_dim;
   const int32_t qkv_dim = heads_dim + 2 * config.num_kv_heads * config.head_dim;
   Placer place(backend, base);
   DecoderWeights weights;
-  weights.embed = place.linear(config.vocab_size, hidden, false);
+  weights.embed = place.linear(table, config.vocab_size, hidden, false);
   for (int32_t i = 0; i < config.num_layers; ++i) {
     LayerWeights layer;
     layer.attn_norm = place.vector(hidden);
-    layer.qkv = place.linear(qkv_dim, hidden, config.attention_bias);
-    layer.o = place.linear(hidden, heads_dim, config.attention_bias);
+    layer.qkv = place.linear(format, qkv_dim, hidden, config.attention_bias);
+    layer.o = place.linear(format, hidden, heads_dim, config.attention_bias);
     layer.mlp_norm = place.vector(hidden);
-    layer.gate_up = place.linear(config.intermediate_size, hidden, config.mlp_bias, true);
-    layer.down = place.linear(hidden, config.intermediate_size, config.mlp_bias);
+    layer.gate_up = place.linear(format, config.intermediate_size, hidden, config.mlp_bias, true);
+    layer.down = place.linear(format, hidden, config.intermediate_size, config.mlp_bias);
     weights.layers.push_back(layer);
   }
   weights.final_norm = place.vector(hidden);
-  weights.lm_head = config.tie_embeddings ? weights.embed : place.linear(config.vocab_size, hidden, false);
+  weights.lm_head = config.tie_embeddings ? weights.embed : place.linear(table, config.vocab_size, hidden, false);
   weights.bytes = place.bytes();
   return weights;
 }

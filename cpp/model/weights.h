@@ -28,8 +28,8 @@ struct DecoderWeights {
 };
 
 /// Places every weight in one stretch of device memory that begins at `base`; with base == nullptr it tells
-/// the bytes needed.
-DecoderWeights lay_out_weights(const ModelConfig& config, const Backend& backend, std::byte* base);
+/// the bytes needed. `format`: of the matrices; embedding table and head are at least kInt8.
+DecoderWeights lay_out_weights(const ModelConfig& config, WeightFormat format, const Backend& backend, std::byte* base);
 
 /// Reads and packs every weight into its place, one tensor at a time. Throws CheckpointError if one is missing,
 /// before reading any, or has another shape than the configuration asks for.

@@ -86,13 +86,13 @@ Prepared prepare(const std::string& dtype, int threads, const std::string& isa, 
   return prepared;
 }
 
-py::dict linear_us(int32_t n, int32_t k, bool gated, int32_t rows, const std::string& dtype, int threads,
-                   const std::string& isa, double seconds, bool cold) {
+py::dict linear_us(int32_t n, int32_t k, bool gated, int32_t rows, const std::string& dtype, const std::string& format,
+                   int threads, const std::string& isa, double seconds, bool cold) {
   const AttentionShape shape = {{1, 1, 8, 16, 1}, 1, 1.0f, std::vector<float>(4, 1.0f)};
-  Prepared prepared = prepare(dtype, threads, isa, shape, {1, 1, 16, 1, 1});
+  Prepared prepared = prepare(dtype, threads, isa, shape, {rows, 1, 16, 1, 1, k});
   Backend& backend = *prepared.backend;
   Linear linear;
-  static_cast<LinearShape&>(linear) = {n, k, false, gated};
+  static_cast<LinearShape&>(linear) = {n, k, false, gated, weight_format_from_name(format)};
   const int64_t bytes = backend.linear_bytes(linear);
   const int64_t copies = cold ? kColdBytes / bytes + 1 : 1;
   DeviceBuffer weights = backend.allocate(bytes * copies);
@@ -114,7 +114,7 @@ py::dict linear_us(int32_t n, int32_t k, bool gated, int32_t rows, const std::st
     }
   });
   const double weight_count = static_cast<double>(n) * k * (gated ? 2 : 1);
-  return result_of(times, 2.0 * rows * weight_count, weight_count * static_cast<double>(dtype_size(backend.dtype())));
+  return result_of(times, 2.0 * rows * weight_count, static_cast<double>(bytes));
 }
 
 py::dict attention_us(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t context, int32_t seqs, int32_t chunk,
@@ -171,23 +171,25 @@ void register_bench(py::module_& module) {
   py::module_ bench = module.def_submodule("bench", "Measures the machine and single operations.");
   bench.def(
       "roofline",
-      [](const std::string& dtype, int threads, const std::string& isa, double seconds) {
+      [](const std::string& dtype, const std::string& format, int threads, const std::string& isa, double seconds) {
         Roofline roofline;
         {
           const py::gil_scoped_release release;
-          roofline = measure_roofline(dtype_from_name(dtype), threads, isa_from_name(isa), seconds);
+          roofline = measure_roofline(dtype_from_name(dtype), weight_format_from_name(format), threads,
+                                      isa_from_name(isa), seconds);
         }
         py::dict result;
         result["read_gbps"] = roofline.read_gbps;
         result["peak_gflops"] = roofline.peak_gflops;
         return result;
       },
-      py::arg("dtype") = "bfloat16", py::arg("threads") = 0, py::arg("isa") = "auto", py::arg("seconds") = 1.0,
+      py::arg("dtype") = "bfloat16", py::arg("format") = "dense", py::arg("threads") = 0, py::arg("isa") = "auto",
+      py::arg("seconds") = 1.0,
       "Read bandwidth of memory (1e9 bytes/s) and peak of the multiply-add (1e9 operations/s), best of many passes.");
   bench.def(
       "linear_us", &linear_us, py::arg("n"), py::arg("k"), py::arg("gated") = false, py::arg("rows") = 1,
-      py::arg("dtype") = "bfloat16", py::arg("threads") = 0, py::arg("isa") = "auto", py::arg("seconds") = 0.2,
-      py::arg("cold") = true,
+      py::arg("dtype") = "bfloat16", py::arg("format") = "dense", py::arg("threads") = 0, py::arg("isa") = "auto",
+      py::arg("seconds") = 0.2, py::arg("cold") = true,
       "One linear layer: median (us) and best (best_us) time of a call, and at the median its rate of arithmetic\n"
       "(gflops) and of weights read (gbps). `cold`: every call finds its weights in memory, not in a cache.");
   bench.def("attention_us", &attention_us, py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),

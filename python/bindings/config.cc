@@ -96,6 +96,9 @@ void register_config(py::module_& module) {
 
   auto engine = def_data<EngineConfig>(module, "EngineConfig");
   def_dtype(engine, "dtype", &EngineConfig::dtype);
+  engine.def_property(
+      "quantize", [](const EngineConfig& self) { return weight_format_name(self.quantize); },
+      [](EngineConfig& self, const std::string& value) { self.quantize = weight_format_from_name(value); });
   engine.def_readwrite("device", &EngineConfig::device)
       .def_readwrite("threads", &EngineConfig::threads)
       .def_readwrite("isa", &EngineConfig::isa)

@@ -61,8 +61,8 @@ struct SeqChunk {
 
 class Ops {
  public:
-  Ops(const std::string& dtype, const std::string& isa, int threads)
-      : backend_(make_cpu_backend(dtype_from_name(dtype), threads, isa)) {
+  Ops(const std::string& dtype, const std::string& isa, int threads, const std::string& format)
+      : backend_(make_cpu_backend(dtype_from_name(dtype), threads, isa)), format_(weight_format_from_name(format)) {
     shape_.kv = {.layers = 1, .kv_heads = 1, .head_dim = 8, .block_size = 16, .blocks = 1};
     shape_.heads = 1;
     shape_.inv_freq.assign(4, 1.0f);
@@ -72,7 +72,7 @@ class Ops {
   std::string describe() const { return backend_->describe(); }
 
   Floats linear(const py::array& w, const std::optional<py::array>& bias, const Floats& x, int32_t parts) {
-    Packed packed(*backend_, w, bias, parts);
+    Packed packed(*backend_, format_, w, bias, parts);
     Matrix in = activations(x);
     Matrix out = poisoned(in.rows, packed.linear.n, DType::kF32);
     backend_->linear(packed.linear, in.data(), in.rows, out.floats());
@@ -80,7 +80,7 @@ class Ops {
   }
 
   Floats linear_add(const py::array& w, const std::optional<py::array>& bias, const Floats& x, const Floats& acc) {
-    Packed packed(*backend_, w, bias, 1);
+    Packed packed(*backend_, format_, w, bias, 1);
     Matrix in = activations(x);
     need(rows_of(acc) == in.rows && columns_of(acc) == packed.linear.n, "acc must be [rows of x, rows of w]");
     Matrix out = poisoned(in.rows, packed.linear.n, DType::kF32);
@@ -91,7 +91,7 @@ class Ops {
 
   Floats linear_gated(const py::array& g, const py::array& u, const std::optional<py::array>& gb,
                       const std::optional<py::array>& ub, const Floats& x) {
-    Packed packed(*backend_, g, u, gb, ub);
+    Packed packed(*backend_, format_, g, u, gb, ub);
     Matrix in = activations(x);
     Matrix out = poisoned(in.rows, packed.linear.n, backend_->dtype());
     backend_->linear_gated(packed.linear, in.data(), in.rows, out.data());
@@ -99,7 +99,7 @@ class Ops {
   }
 
   Floats embed(const py::array& table, const std::vector<Token>& ids) {
-    Packed packed(*backend_, table, std::nullopt, 1);
+    Packed packed(*backend_, format_, table, std::nullopt, 1);
     begin_rows(ids);
     Matrix out = poisoned(static_cast<int32_t>(ids.size()), packed.linear.k, DType::kF32);
     backend_->embed(packed.linear, out.floats());
@@ -236,21 +236,22 @@ class Ops {
 
   /// A Linear and its memory.
   struct Packed {
-    Packed(Backend& backend, const py::array& w, const std::optional<py::array>& bias, int32_t parts) {
-      make(backend, w, bias.has_value(), false);
+    Packed(Backend& backend, WeightFormat format, const py::array& w, const std::optional<py::array>& bias,
+           int32_t parts) {
+      make(backend, format, w, bias.has_value(), false);
       fill(backend, Rows::kPlain, w, bias, parts);
     }
-    Packed(Backend& backend, const py::array& g, const py::array& u, const std::optional<py::array>& gb,
-           const std::optional<py::array>& ub) {
+    Packed(Backend& backend, WeightFormat format, const py::array& g, const py::array& u,
+           const std::optional<py::array>& gb, const std::optional<py::array>& ub) {
       need(gb.has_value() == ub.has_value(), "gate and up must both have a bias, or neither");
-      make(backend, g, gb.has_value(), true);
+      make(backend, format, g, gb.has_value(), true);
       fill(backend, Rows::kGate, g, gb, 1);
       fill(backend, Rows::kUp, u, ub, 1);
     }
 
-    void make(Backend& backend, const py::array& w, bool bias, bool gated) {
+    void make(Backend& backend, WeightFormat format, const py::array& w, bool bias, bool gated) {
       need(w.ndim() == 2, "a weight must be [n, k]");
-      static_cast<LinearShape&>(linear) = {rows_of(w), columns_of(w), bias, gated};
+      static_cast<LinearShape&>(linear) = {rows_of(w), columns_of(w), bias, gated, format};
       buffer = backend.allocate(backend.linear_bytes(linear));
       linear.data = buffer.data();
     }
@@ -306,12 +307,15 @@ class Ops {
                .max_seqs = kMaxRows,
                .max_context = shape_.kv.blocks * shape_.kv.block_size,
                .max_logit_rows = logit_rows,
-               .vocab = vocab};
+               .vocab = vocab,
+               .integer_depth = kMaxDepth};
     backend_->prepare(shape_, limits_, cache_.data());
   }
 
   static constexpr int32_t kMaxRows = 1024;
+  static constexpr int32_t kMaxDepth = 8192;
   std::unique_ptr<Backend> backend_;
+  WeightFormat format_;
   AttentionShape shape_;
   StepLimits limits_;
   DeviceBuffer cache_;
@@ -324,8 +328,8 @@ void register_testing(py::module_& module) {
   py::module_ testing = module.def_submodule("testing", "The native parts one by one, for tests.");
   const auto none = py::none();
   py::class_<Ops>(testing, "Ops", "A CPU backend whose operations take and give arrays of float32.")
-      .def(py::init<const std::string&, const std::string&, int>(), py::arg("dtype"), py::arg("isa"),
-           py::arg("threads") = 1)
+      .def(py::init<const std::string&, const std::string&, int, const std::string&>(), py::arg("dtype"),
+           py::arg("isa"), py::arg("threads") = 1, py::arg("format") = "dense")
       .def("describe", &Ops::describe)
       .def("linear", &Ops::linear, py::arg("w"), py::arg("bias"), py::arg("x"), py::arg("parts") = 1,
            "x [rows, k] w^T + bias; w [n, k] is packed in `parts` runs of rows.")

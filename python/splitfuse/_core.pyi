@@ -63,6 +63,7 @@ class EngineConfig:
     dtype: str  # "float32" | "bfloat16"
     threads: int
     isa: str
+    quantize: str
     token_budget: int
     max_step_tokens: int
     max_sequences: int

@@ -63,6 +63,7 @@ def engine_config(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
     threads: int | None = None,
     token_budget: int | str = "auto",
     max_step_tokens: int = 0,
@@ -89,6 +90,7 @@ def engine_config(
     return EngineConfig(
         device="cpu" if device == "auto" else device,
         dtype="bfloat16" if dtype == "auto" else dtype,
+        quantize="dense" if quantize is None else quantize,
         threads=threads or 0,
         token_budget=token_budget,
         max_step_tokens=max_step_tokens,
@@ -141,6 +143,7 @@ class LLM:
 
     model: a Hugging Face directory or hub id, a .gguf file, what `splitfuse convert` wrote, or "demo".
     device: "cpu", or "auto". dtype: "bfloat16" (auto) or "float32", of weights, activations and KV cache.
+    quantize: "int8" or "int4" holds the matrices in fewer bits (docs/quantization.md); None as `dtype` says.
     threads: None takes the cores this process may use. isa: the CPU's instruction sets, "auto" or a rung of
     `splitfuse info`'s ladder. token_budget: tokens of one forward; "auto" measures at start. max_sequences:
     of one forward. max_model_len: longest sequence, prompt and answer; None: what model and KV memory allow.
@@ -159,6 +162,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: str | None = None,
         threads: int | None = None,
         token_budget: int | str = "auto",
         max_sequences: int = 256,
@@ -184,6 +188,7 @@ class LLM:
             kv_memory=kv_memory,
             prefix_caching=prefix_caching,
             isa=isa,
+            quantize=quantize,
         )
         self.name: str = loaded.name
         self.tokenizer: Tokenizer | None = loaded.tokenizer

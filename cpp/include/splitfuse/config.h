@@ -57,8 +57,9 @@ ModelConfig model_config_from_json(const std::string& text);
 struct EngineConfig {
   std::string device = "cpu";
   DType dtype = DType::kBF16;     // weights, activations and KV cache; accumulation is always float32
+  WeightFormat quantize = WeightFormat::kDense;   // how the matrices are held
   int32_t threads = 0;            // 0: the cores this process may use
-  std::string isa = "auto";       // "auto" or a rung of the ladder: ref, avx2, avx512, avx512_bf16
+  std::string isa = "auto";       // "auto" or a rung of the ladder: ref, avx2, avx512, avx512_vnni, avx512_bf16
   int32_t token_budget = 0;       // tokens of one forward; 0: measured at start
   int32_t max_step_tokens = 0;    // the largest forward that step(plan) takes, never below the budget; what is more
                                   // than the longest sequence counts as that

@@ -20,6 +20,16 @@ const char* dtype_name(DType dtype);
 /// The inverse of dtype_name. Throws ConfigError for any other name.
 DType dtype_from_name(const std::string& name);
 
+/// How the matrices of linear layers are held. kDense: in the format of the activations. kInt8: 8-bit integers with a
+/// scale for each output channel. kInt4: 4-bit integers with a scale and a minimum for each 32 inputs of a channel; the
+/// embedding table and the head are then kInt8. Activations meet both as 8-bit integers with a scale for each 32.
+enum class WeightFormat : uint8_t { kDense, kInt8, kInt4 };
+
+/// "dense", "int8" or "int4".
+const char* weight_format_name(WeightFormat format);
+/// The inverse of weight_format_name. Throws ConfigError for any other name.
+WeightFormat weight_format_from_name(const std::string& name);
+
 /// The root of everything this library throws on purpose. The message says what was wrong, what was
 /// expected and what to do.
 class Error : public std::runtime_error {

@@ -28,12 +28,13 @@ class Bench:
     engine: Engine
     costs: Costs
     dtype: str
+    quantize: str
     threads: int
     isa: str
     rng: random.Random
 
     def roof(self, seconds: float = 1.0) -> Roof:
-        return measure_roof(self.dtype, self.threads, self.isa, seconds)
+        return measure_roof(self.dtype, self.threads, self.isa, seconds, self.quantize)
 
     def prompt(self, tokens: int) -> list[int]:
         """Random tokens: no two prompts share a prefix, and what they say does not matter to speed."""
@@ -66,9 +67,18 @@ def open_bench(model: str, seed: int, options: dict[str, Any]) -> Iterator[Bench
     loaded = load(model)
     with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
         engine = Engine(loaded.config, loaded.weights, config, progress=progress)
-    costs = Costs.of(loaded.config, config.dtype)
+    costs = Costs.of(loaded.config, config.dtype, config.quantize)
     try:
-        yield Bench(loaded.name, engine, costs, config.dtype, config.threads, config.isa, random.Random(seed))
+        yield Bench(
+            loaded.name,
+            engine,
+            costs,
+            config.dtype,
+            config.quantize,
+            config.threads,
+            config.isa,
+            random.Random(seed),
+        )
     finally:
         engine.close()
 
@@ -87,12 +97,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def roof_facts(roof: Roof) -> dict[str, float]:
-    return {"read_gbps": roof.read_gbps, "peak_gflops": roof.peak_gflops}
+    facts = {"read_gbps": roof.read_gbps, "peak_gflops": roof.peak_gflops}
+    return {**facts, "integer_gops": roof.integer_gops} if roof.integer_gops else facts
 
 
 def roof_line(roof: Roof) -> str:
     read, peak = f"memory read {roof.read_gbps:.1f} GB/s", f"arithmetic {roof.peak_gflops:.0f} GFLOP/s"
-    return f"roof measured in this run: {read}, {peak}"
+    integers = f", of 8-bit integers {roof.integer_gops:.0f} GOP/s" if roof.integer_gops else ""
+    return f"roof measured in this run: {read}, {peak}{integers}"
 
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, columns, rows

@@ -27,13 +27,21 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.model)
     dtype = engine_config(dtype=args.dtype).dtype
     how = {"dtype": dtype, "threads": args.threads or 0, "isa": args.isa}
-    roof = measure_roof(**how)
-    linear = [_linear(shape, rows, how, args.seconds) for shape in _shapes(loaded.config) for rows in _ROWS]
+    quantize = args.quantize or "dense"
+    roof = measure_roof(**how, quantize=quantize)
+    linear = [
+        _linear(shape, rows, quantize, how, args.seconds)
+        for shape in _shapes(loaded.config)
+        for rows in _ROWS
+    ]
     attention = [_attention(loaded.config, case, how, args.seconds) for case in _ATTENTION]
-    roof = roof.or_better(measure_roof(**how))
-    for row in (*linear, *attention):
-        row["of_roof"] = _share(row, roof)
-    title = f"{loaded.name} in {dtype}: linear layers, weights from memory"
+    roof = roof.or_better(measure_roof(**how, quantize=quantize))
+    for row in linear:
+        row["of_roof"] = _share(row, roof, quantize != "dense")
+    for row in attention:
+        row["of_roof"] = _share(row, roof, False)
+    weights = dtype if quantize == "dense" else quantize
+    title = f"{loaded.name} in {weights}: linear layers, weights from memory"
     tables = [
         (
             title,
@@ -76,10 +84,11 @@ def _shapes(config: _core.ModelConfig) -> list[tuple[str, int, int, bool]]:
 
 
 def _linear(
-    shape: tuple[str, int, int, bool], rows: int, how: dict[str, Any], seconds: float
+    shape: tuple[str, int, int, bool], rows: int, quantize: str, how: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     name, n, k, gated = shape
-    got = _core.bench.linear_us(n=n, k=k, gated=gated, rows=rows, seconds=seconds, **how)
+    form = "int8" if name == "head" and quantize == "int4" else quantize
+    got = _core.bench.linear_us(n=n, k=k, gated=gated, rows=rows, format=form, seconds=seconds, **how)
     return {"layer": name, "shape": f"{n} x {k}", "rows": rows, **got}
 
 
@@ -100,7 +109,9 @@ def _attention(
     return {"sequences": sequences, "chunk": chunk, "context": context, **got}
 
 
-def _share(got: dict[str, float], roof: Roof) -> float:
+def _share(got: dict[str, float], roof: Roof, integers: bool) -> float:
     """Time at the roof over time taken; beyond 1 where the data lay in a cache."""
     seconds = got["us"] * 1e-6
-    return roof.seconds(Work(got["gbps"] * 1e9 * seconds, got["gflops"] * 1e9 * seconds)) / seconds
+    read, operations = got["gbps"] * 1e9 * seconds, got["gflops"] * 1e9 * seconds
+    work = Work(read, 0.0, operations) if integers else Work(read, operations)
+    return roof.seconds(work) / seconds

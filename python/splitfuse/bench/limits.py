@@ -9,9 +9,11 @@ With d hidden size, h and g query and key-value heads of size s, f the MLP's wid
 
 A forward over chunks of c tokens that begin at position s, of which `outputs` need logits, takes at least
 
-    bytes = b (Nl + Nh) + sum of kvB (s + c)
+    bytes = bl Nl + bh Nh + sum of kvB (s + c)                bl, bh: bytes a parameter
     operations = 2 Nl (sum of c) + 2 Nh outputs + sum of aF (c s + c (c + 1) / 2)
     seconds = max(bytes / bandwidth, operations / peak)
+
+where the matrices are integers, their operations count against the peak of integers.
 
 the roofline of Williams, Waterman and Patterson (2009), with bandwidth and peak as measured by
 `measure_roof`.
@@ -25,31 +27,42 @@ from dataclasses import dataclass
 from .. import _core
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_FORMAT_BYTES = {"int8": 1, "int4": 5 / 8}  # int4: 4 bits, and two halves for each 32 weights
 
 
 @dataclass(frozen=True)
 class Roof:
-    """What the machine can do: 1e9 bytes a second read from memory, 1e9 operations a second."""
+    """What the machine can do: 1e9 bytes a second read from memory, 1e9 operations a second; `integer_gops`:
+    of 8-bit integers, where they were measured."""
 
     read_gbps: float
     peak_gflops: float
+    integer_gops: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """The least time for `work`, reads and arithmetic overlapped."""
-        return max(work.bytes / (self.read_gbps * 1e9), work.flops / (self.peak_gflops * 1e9))
+        arithmetic = work.flops / self.peak_gflops
+        if work.integer_ops:
+            arithmetic += work.integer_ops / self.integer_gops
+        return max(work.bytes / self.read_gbps, arithmetic) / 1e9
 
     def or_better(self, other: Roof) -> Roof:
         """The higher of each: a machine's speed drifts, and neighbours can only lower it."""
-        return Roof(max(self.read_gbps, other.read_gbps), max(self.peak_gflops, other.peak_gflops))
+        return Roof(
+            max(self.read_gbps, other.read_gbps),
+            max(self.peak_gflops, other.peak_gflops),
+            max(self.integer_gops, other.integer_gops),
+        )
 
 
 @dataclass(frozen=True)
 class Work:
     bytes: float
     flops: float
+    integer_ops: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.bytes + other.bytes, self.flops + other.flops)
+        return Work(self.bytes + other.bytes, self.flops + other.flops, self.integer_ops + other.integer_ops)
 
 
 @dataclass(frozen=True)
@@ -58,38 +71,45 @@ class Costs:
 
     linear_params: int
     head_params: int
-    bytes_per_param: int
+    bytes_per_param: float
+    bytes_per_head_param: float
     kv_bytes_per_token: int
     attention_flops_per_pair: int
+    integers: bool
 
     @staticmethod
-    def of(model: _core.ModelConfig, dtype: str) -> Costs:
-        """`dtype`: of weights and KV cache."""
+    def of(model: _core.ModelConfig, dtype: str, quantize: str = "dense") -> Costs:
+        """`dtype`: of activations, KV cache and, unless `quantize` says otherwise, weights."""
         q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         layer = 2 * model.hidden_size * (q + kv) + 3 * model.hidden_size * model.intermediate_size
         size = _DTYPE_BYTES[dtype]
+        integers = quantize in _FORMAT_BYTES
         return Costs(
             linear_params=model.num_layers * layer,
             head_params=model.hidden_size * model.vocab_size,
-            bytes_per_param=size,
+            bytes_per_param=_FORMAT_BYTES.get(quantize, size),
+            bytes_per_head_param=_FORMAT_BYTES["int8"] if integers else size,
             kv_bytes_per_token=2 * model.num_layers * kv * size,
             attention_flops_per_pair=4 * model.num_layers * q,
+            integers=integers,
         )
 
     @property
-    def weight_bytes(self) -> int:
+    def weight_bytes(self) -> float:
         """Read by every forward that needs logits."""
-        return (self.linear_params + self.head_params) * self.bytes_per_param
+        return self.linear_params * self.bytes_per_param + self.head_params * self.bytes_per_head_param
 
     def forward(self, chunks: Iterable[tuple[int, int]], outputs: int) -> Work:
         """`chunks`: (position of the first token, tokens)."""
-        weights = self.linear_params + (self.head_params if outputs else 0)
-        read, flops = weights * self.bytes_per_param, 2 * self.head_params * outputs
+        read = self.linear_params * self.bytes_per_param
+        if outputs:
+            read += self.head_params * self.bytes_per_head_param
+        matrices, attention = 2 * self.head_params * outputs, 0
         for start, count in chunks:
             read += (start + count) * self.kv_bytes_per_token
-            flops += 2 * self.linear_params * count
-            flops += self.attention_flops_per_pair * (count * start + count * (count + 1) // 2)
-        return Work(read, flops)
+            matrices += 2 * self.linear_params * count
+            attention += self.attention_flops_per_pair * (count * start + count * (count + 1) // 2)
+        return Work(read, attention, matrices) if self.integers else Work(read, attention + matrices)
 
     def prefill(self, tokens: int) -> Work:
         """One prompt in one forward."""
@@ -103,21 +123,31 @@ class Costs:
         """Whole requests, (prompt tokens, answer tokens) each, prefixes not shared: the arithmetic of all,
         and the weights once for each token of the longest answer, as no schedule can do with fewer
         forwards."""
-        read = flops = 0
+        total = Work(0, 0)
         forwards = 0
         for prompt, answer in lengths:
             work = self.forward([(0, prompt + answer - 1)], answer)
-            flops += int(work.flops)
-            read += sum(prompt + i for i in range(answer)) * self.kv_bytes_per_token
+            read = sum(prompt + i for i in range(answer)) * self.kv_bytes_per_token
+            total += Work(read, work.flops, work.integer_ops)
             forwards = max(forwards, answer)
-        return Work(read + forwards * self.weight_bytes, flops)
+        return total + Work(forwards * self.weight_bytes, 0)
 
     def knee(self, roof: Roof) -> float:
         """Tokens of a forward from which arithmetic, not reading the weights, takes longer."""
-        return self.bytes_per_param / 2 * roof.peak_gflops / roof.read_gbps
+        peak = roof.integer_gops if self.integers else roof.peak_gflops
+        return self.bytes_per_param / 2 * peak / roof.read_gbps
 
 
-def measure_roof(dtype: str, threads: int = 0, isa: str = "auto", seconds: float = 1.0) -> Roof:
-    """Runs all threads for about `seconds` and takes the best pass."""
+def measure_roof(
+    dtype: str, threads: int = 0, isa: str = "auto", seconds: float = 1.0, quantize: str = "dense"
+) -> Roof:
+    """Runs all threads for about `seconds` and takes the best pass; the peak of integers too where the
+    matrices are `quantize`d."""
     best = _core.bench.roofline(dtype=dtype, threads=threads, isa=isa, seconds=seconds)
-    return Roof(best["read_gbps"], best["peak_gflops"])
+    roof = Roof(best["read_gbps"], best["peak_gflops"])
+    if quantize == "dense":
+        return roof
+    integers = _core.bench.roofline(
+        dtype=dtype, format=quantize, threads=threads, isa=isa, seconds=seconds / 2
+    )
+    return roof.or_better(Roof(integers["read_gbps"], 0.0, integers["peak_gflops"]))

@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.model)
     config = engine_config(**engine_options(args))
     plan = _core.plan_memory(loaded.config, config)
-    costs = Costs.of(loaded.config, config.dtype)
+    costs = Costs.of(loaded.config, config.dtype, config.quantize)
     isas = _core.cpu_isas()
     isa = config.isa if config.isa != "auto" else os.environ.get("SPLITFUSE_CPU_ISA") or isas[-1]
     threads = config.threads or _core.usable_cores()
-    roof = measure_roof(config.dtype, threads, config.isa) if args.measure else None
+    roof = measure_roof(config.dtype, threads, config.isa, quantize=config.quantize) if args.measure else None
     facts = {
         "name": loaded.name,
         "path": str(loaded.path),

@@ -74,6 +74,9 @@ def add_kernel(parser: argparse._ActionsContainer) -> None:
         help="number format (auto: bfloat16)",
     )
     parser.add_argument(
+        "--quantize", choices=["int8", "int4"], help="hold the matrices in so many bits (default: as --dtype)"
+    )
+    parser.add_argument(
         "--threads", type=int, metavar="N", help="threads (default: the cores this process may use)"
     )
     parser.add_argument(
@@ -89,6 +92,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "device",
         "dtype",
+        "quantize",
         "threads",
         "isa",
         "token_budget",

@@ -1,0 +1,157 @@
+"""Models whose matrices are int8 or int4: the engine's promises hold for them too, and what integers cost is known.
+
+Each request's truth is the request alone, its prompt in one forward, on one thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines import ISAS, Run, random_tokens, same_bits
+from splitfuse import LLM, ConfigError, Engine, EngineConfig, SamplingParams, _core, loader
+
+FORMATS = ["int8", "int4"]
+SHARED = random_tokens(300, 400)
+PROMPTS = [random_tokens(301, 1), random_tokens(302, 63), SHARED[:130], SHARED[:257], SHARED]
+DECODED = 6
+every_kernel = pytest.mark.parametrize(("isa", "quantize"), [(i, q) for i in ISAS for q in FORMATS])
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama(max_position_embeddings=2048)
+
+
+@functools.cache
+def alone(model: Path, isa: str, quantize: str, dtype: str, prompt: int) -> Run:
+    run = Run(
+        model, capture=True, isa=isa, quantize=quantize, dtype=dtype, token_budget=1024, prefix_caching=False
+    )
+    run.put(0, PROMPTS[prompt], max_tokens=DECODED)
+    run.finish_all()
+    run.engine.close()
+    return run
+
+
+def assert_same(run: Run, model: Path, isa: str, quantize: str, dtype: str) -> None:
+    for id in range(len(PROMPTS)):
+        truth = alone(model, isa, quantize, dtype, id)
+        assert run.tokens[id] == truth.tokens[0]
+        for position, logits in truth.logits[0].items():
+            assert same_bits(run.logits[id][position], logits), f"sequence {id}, position {position}"
+
+
+@pytest.mark.machine_independent
+@every_kernel
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("budget", "threads"), [(3, 2), (64, 1), (257, 3)])
+def test_splitting_never_changes_the_answer(
+    model: Path, isa: str, quantize: str, dtype: str, budget: int, threads: int
+) -> None:
+    run = Run(
+        model, capture=True, isa=isa, quantize=quantize, dtype=dtype, token_budget=budget, threads=threads
+    )
+    for id, prompt in enumerate(PROMPTS):
+        run.put(id, prompt, max_tokens=DECODED)
+    run.finish_all()
+    assert_same(run, model, isa, quantize, dtype)
+
+
+@pytest.mark.machine_independent
+@every_kernel
+def test_preemption_and_prefix_hits_never_do_either(model: Path, isa: str, quantize: str) -> None:
+    blocks = -(-(len(SHARED) + DECODED) // 16) + 3
+    run = Run(
+        model, capture=True, isa=isa, quantize=quantize, dtype="bfloat16", blocks=blocks, max_model_len=416
+    )
+    for id in (4, 0, 1, 2, 3):
+        run.put(id, PROMPTS[id], max_tokens=DECODED)
+    run.finish_all()
+    assert run.preempted or run.cached
+    assert_same(run, model, isa, quantize, "bfloat16")
+
+
+@pytest.mark.machine_independent
+def test_matrices_take_the_memory_of_their_format() -> None:
+    config = loader.load("demo").config
+    plans = {q: _core.plan_memory(config, EngineConfig(quantize=q)) for q in ("dense", *FORMATS)}
+    dense = plans["dense"].weights
+    assert plans["int8"].weights == pytest.approx(dense / 2, rel=0.02)
+    assert plans["int4"].weights == pytest.approx(dense * (106 * 5 / 8 + 28) / (134 * 2), rel=0.02)
+    assert plans["int8"].workspace > plans["dense"].workspace  # rows as integers
+
+
+def test_the_option_reaches_the_engine_and_others_are_refused(model: Path) -> None:
+    with LLM(model, quantize="int4", token_budget=64) as llm:
+        assert "int4 weights" in llm.engine.describe()
+    with pytest.raises(ConfigError, match=r"quantize.*int3.*int8"):
+        LLM(model, quantize="int3")
+
+
+# ---- What integers cost, on the real model
+
+WINDOW, WINDOWS = 512, 10
+
+
+@functools.cache
+def text() -> list[list[int]]:
+    """Pieces of Python's own help, as tokens."""
+    tokenizer = loader.load("demo").tokenizer
+    assert tokenizer is not None
+    ids = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)))
+    return [list(ids[2400 * i : 2400 * i + WINDOW]) for i in range(WINDOWS)]
+
+
+def perplexity(weights: _core.WeightSource, **config: Any) -> float:
+    engine = Engine(loader.load("demo").config, weights, EngineConfig(token_budget=WINDOW, **config))
+    total = count = 0.0
+    for id, window in enumerate(text()):
+        engine.put(id, window, _core.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0))
+        while engine.has_work():
+            for row in engine.step().prompt:
+                total -= row.logprob
+                count += 1
+    engine.close()
+    return math.exp(total / count)
+
+
+def dequantized(quantize: str) -> _core.WeightSource:
+    """The demo's weights as they are in the format, in float32."""
+    source = loader.load("demo").weights
+    ops = {f: _core.testing.Ops(dtype="float32", isa="auto", threads=2, format=f) for f in FORMATS}
+
+    def read(name: str) -> np.ndarray:
+        weight = source.read(name)
+        if weight.ndim != 2:
+            return weight
+        run = ops["int8" if name == "embed.weight" else quantize]
+        parts = np.array_split(weight, -(-len(weight) // 1000))
+        return np.concatenate([run.embed(part, list(range(len(part)))) for part in parts])
+
+    return _core.callback_source(
+        [name for name, _ in _core.canonical_names(loader.load("demo").config)], read
+    )
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_rows_as_integers_cost_little(quantize: str, record_property: Callable[[str, object], None]) -> None:
+    """Beyond what the format itself implies: its weights in float32, activations exact."""
+    implied = perplexity(dequantized(quantize), dtype="float32")
+    got = perplexity(loader.load("demo").weights, quantize=quantize)
+    record_property("perplexity", f"{got:.4f}, implied by the format {implied:.4f}")
+    assert got == pytest.approx(implied, rel=5e-3)
+
+
+def test_greedy_answers_stay_sensible() -> None:
+    with LLM("demo", quantize="int8", kv_memory="64MiB") as llm:
+        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        answer = llm.chat(chat, SamplingParams(max_tokens=12, temperature=0.0))[0]
+    assert "Paris" in answer.text
