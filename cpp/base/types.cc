@@ -26,4 +26,13 @@ DType dtype_from_name(const std::string& name) {
   throw ConfigError(cat("dtype is \"", name, "\"; expected \"float32\", \"bfloat16\" or \"float16\""));
 }
 
+const char* kv_dtype_name(KvDType dtype) { return dtype == KvDType::kInt8 ? "int8" : "auto"; }
+
+KvDType kv_dtype_from_name(const std::string& name) {
+  for (const KvDType dtype : {KvDType::kAuto, KvDType::kInt8}) {
+    if (name == kv_dtype_name(dtype)) return dtype;
+  }
+  throw ConfigError(cat("kv_dtype is \"", name, "\"; expected \"auto\" or \"int8\""));
+}
+
 }  // namespace splitfuse

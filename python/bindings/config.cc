@@ -96,6 +96,9 @@ void register_config(py::module_& module) {
 
   auto engine = def_data<EngineConfig>(module, "EngineConfig");
   def_dtype(engine, "dtype", &EngineConfig::dtype);
+  engine.def_property(
+      "kv_dtype", [](const EngineConfig& self) { return kv_dtype_name(self.kv_dtype); },
+      [](EngineConfig& self, const std::string& value) { self.kv_dtype = kv_dtype_from_name(value); });
   engine.def_readwrite("device", &EngineConfig::device)
       .def_readwrite("threads", &EngineConfig::threads)
       .def_readwrite("isa", &EngineConfig::isa)
