@@ -66,7 +66,7 @@ def open_bench(model: str, seed: int, options: dict[str, Any]) -> Iterator[Bench
     loaded = load(model)
     with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
         engine = Engine(loaded.config, loaded.weights, config, progress=progress)
-    costs = Costs.of(loaded.config, config.dtype)
+    costs = Costs.of(loaded.config, config.dtype, config.kv_dtype)
     try:
         yield Bench(loaded.name, engine, costs, config.dtype, config.threads, config.isa, random.Random(seed))
     finally:
