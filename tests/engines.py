@@ -6,9 +6,10 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,19 @@ from splitfuse import _core, loader
 
 ISAS = _core.cpu_isas()
 DTYPES = ["float32", "bfloat16"]
-EVERY_KERNEL = [(isa, dtype) for isa in ISAS for dtype in DTYPES]
+
+
+class Kernel(NamedTuple):
+    """What decides which kernels an engine runs, as fields of its configuration."""
+
+    isa: str
+    dtype: str
+    kv_dtype: str = "auto"
+
+
+INT8_KV = [Kernel(ISAS[-1], "bfloat16", "int8")] + [Kernel(isa, "float32", "int8") for isa in ISAS[1:2]]
+EVERY_KERNEL = [Kernel(isa, dtype) for isa in ISAS for dtype in DTYPES] + INT8_KV
+every_kernel = pytest.mark.parametrize("kernel", EVERY_KERNEL, ids="-".join)
 
 
 def random_tokens(seed: int, count: int, vocab_size: int = 250) -> list[int]:

@@ -310,6 +310,16 @@ def test_info(model):
         assert word in text
 
 
+def test_info_of_an_int8_cache(model):
+    facts = json.loads(succeed("info", model, "--json", "--kv-dtype", "int8", *SMALL))
+    assert facts["machine"]["kv_dtype"] == "int8"
+    assert facts["costs"]["kv_bytes_per_token"] == 2 * 3 * 2 * (24 + 4)
+    assert "bytes in int8" in succeed("info", model, "--kv-dtype", "int8", *SMALL)
+    done = run("info", model, "--kv-dtype", "int4", *SMALL)
+    assert done.returncode == 2
+    assert "--kv-dtype" in done.stderr
+
+
 def test_info_measured(model):
     ceilings = json.loads(succeed("info", model, "--json", "--measure", *SMALL))["ceilings"]
     assert ceilings["read_gbps"] > 0.1

@@ -121,8 +121,8 @@ def test_any_integer_array_is_a_prompt(model: Path) -> None:
 def test_an_unknown_field_is_an_error() -> None:
     with pytest.raises(TypeError, match="no field 'best_of'"):
         _core.SamplingParams(best_of=2)
-    with pytest.raises(TypeError, match="no field 'kv_dtype'"):
-        _core.EngineConfig(kv_dtype="int8")
+    with pytest.raises(TypeError, match="no field 'page_size'"):
+        _core.EngineConfig(page_size=16)
 
 
 # ---- plans
@@ -207,6 +207,27 @@ def test_the_plan_adds_up(model: Path) -> None:
         assert word in str(plan)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_follows_the_format_of_the_cache(model: Path, dtype: str) -> None:
+    loaded = loader.load(model)
+    plans = {}
+    for kv_dtype in ("auto", "int8"):
+        config = _core.EngineConfig(dtype=dtype, kv_dtype=kv_dtype, block_size=16, kv_bytes=1 << 20)
+        plans[kv_dtype] = _core.plan_memory(loaded.config, config)
+    # 3 layers, 2 KV heads of 24 dimensions, values padded to 32; in int8 two scales.
+    size = 4 if dtype == "float32" else 2
+    assert plans["auto"].kv_bytes_per_token == 3 * 2 * (24 + 32) * size
+    assert plans["int8"].kv_bytes_per_token == 3 * 2 * (24 + 32 + 2 * 4)
+    for plan in plans.values():
+        assert plan.blocks == (1 << 20) // (16 * plan.kv_bytes_per_token)
+        assert plan.kv_pool == plan.blocks * 16 * plan.kv_bytes_per_token
+
+
+def test_the_engine_says_that_its_cache_is_int8(model: Path) -> None:
+    assert "int8 KV cache" in Run(model, kv_dtype="int8").engine.describe()
+    assert "int8" not in Run(model).engine.describe()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -235,6 +256,12 @@ def test_float16_is_no_engine_format(model: Path) -> None:
         Run(model, dtype="float16")
     with pytest.raises(_core.ConfigError, match="int8"):
         _core.EngineConfig(dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["int4", "bfloat16", "", "INT8"])
+def test_an_unknown_format_of_the_cache_is_named(name: str) -> None:
+    with pytest.raises(_core.ConfigError, match=f'kv_dtype is "{name}"; expected "auto" or "int8"'):
+        _core.EngineConfig(kv_dtype=name)
 
 
 # ---- state

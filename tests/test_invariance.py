@@ -16,11 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engines import DTYPES, EVERY_KERNEL, ISAS, Run, random_tokens, same_bits
+from engines import DTYPES, ISAS, Kernel, Run, every_kernel, random_tokens, same_bits
 from splitfuse import _core
 
 pytestmark = pytest.mark.machine_independent  # each test names its instruction set
-every_kernel = pytest.mark.parametrize(("isa", "dtype"), EVERY_KERNEL)
 
 BUDGETS = [1, 3, 16, 64, 257, 512]
 
@@ -66,8 +65,8 @@ def model(tiny_llama: Callable[..., Path]) -> Path:
 
 
 @functools.cache
-def alone(path: Path, isa: str, dtype: str, request: Request) -> Run:
-    run = Run(path, capture=True, isa=isa, dtype=dtype, token_budget=2048, prefix_caching=False)
+def alone(path: Path, kernel: Kernel, request: Request) -> Run:
+    run = Run(path, capture=True, **kernel._asdict(), token_budget=2048, prefix_caching=False)
     request.put(run, 0)
     run.finish_all()
     run.engine.close()
@@ -85,9 +84,9 @@ def assert_same(run: Run, id: int, truth: Run) -> None:
     ]
 
 
-def assert_all_same(run: Run, requests: list[Request], path: Path, isa: str, dtype: str) -> None:
+def assert_all_same(run: Run, requests: list[Request], path: Path, kernel: Kernel) -> None:
     for id, one in enumerate(requests):
-        assert_same(run, id, alone(path, isa, dtype, one))
+        assert_same(run, id, alone(path, kernel, one))
 
 
 def together(path: Path, requests: list[Request], **config: Any) -> Run:
@@ -99,30 +98,30 @@ def together(path: Path, requests: list[Request], **config: Any) -> Run:
 
 @every_kernel
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_token_budgets(model: Path, isa: str, dtype: str, budget: int) -> None:
+def test_token_budgets(model: Path, kernel: Kernel, budget: int) -> None:
     requests = CATALOGUE if budget > 1 else CATALOGUE[:7]
-    run = together(model, requests, isa=isa, dtype=dtype, token_budget=budget, threads=1 + budget % 2)
-    assert_all_same(run, requests, model, isa, dtype)
+    run = together(model, requests, **kernel._asdict(), token_budget=budget, threads=1 + budget % 2)
+    assert_all_same(run, requests, model, kernel)
 
 
 @every_kernel
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads(model: Path, isa: str, dtype: str, threads: int) -> None:
+def test_threads(model: Path, kernel: Kernel, threads: int) -> None:
     requests = [LONG, *CATALOGUE[2:6]]
-    run = together(model, requests, isa=isa, dtype=dtype, threads=threads, token_budget=300)
-    assert_all_same(run, requests, model, isa, dtype)
+    run = together(model, requests, **kernel._asdict(), threads=threads, token_budget=300)
+    assert_all_same(run, requests, model, kernel)
 
 
 @every_kernel
 @pytest.mark.parametrize("block_size", [16, 32, 48, 64])
-def test_block_sizes_and_prefix_hits(model: Path, isa: str, dtype: str, block_size: int) -> None:
-    run = Run(model, capture=True, isa=isa, dtype=dtype, threads=2, token_budget=100, block_size=block_size)
+def test_block_sizes_and_prefix_hits(model: Path, kernel: Kernel, block_size: int) -> None:
+    run = Run(model, capture=True, **kernel._asdict(), threads=2, token_budget=100, block_size=block_size)
     for id, one in enumerate(CATALOGUE):
         one.put(run, id)
         if id % 3 == 0:  # others arrive while it runs, or find its blocks afterwards
             run.finish_all()
     run.finish_all()
-    assert_all_same(run, CATALOGUE, model, isa, dtype)
+    assert_all_same(run, CATALOGUE, model, kernel)
     assert run.cached >= 2 * 192 // block_size * block_size
     cached = run.cached
     for id, one in enumerate(CATALOGUE):
@@ -131,19 +130,19 @@ def test_block_sizes_and_prefix_hits(model: Path, isa: str, dtype: str, block_si
         run.prompt[id].clear()
         one.put(run, id)
     run.finish_all()
-    assert_all_same(run, CATALOGUE, model, isa, dtype)
+    assert_all_same(run, CATALOGUE, model, kernel)
     assert run.cached > cached + 1000
 
 
 @every_kernel
 @pytest.mark.parametrize("caching", [True, False])
-def test_preemption(model: Path, isa: str, dtype: str, caching: bool) -> None:
+def test_preemption(model: Path, kernel: Kernel, caching: bool) -> None:
     requests = [*CATALOGUE, *CATALOGUE[1:4], *CATALOGUE[5:7]]
     blocks = -(-max(len(one.prompt) + dict(one.params)["max_tokens"] for one in requests) // 16)
-    config = {"isa": isa, "dtype": dtype, "threads": 2, "token_budget": 128, "prefix_caching": caching}
+    config = {**kernel._asdict(), "threads": 2, "token_budget": 128, "prefix_caching": caching}
     run = together(model, requests, blocks=blocks, **config)
     assert run.preempted > 0
-    assert_all_same(run, requests, model, isa, dtype)
+    assert_all_same(run, requests, model, kernel)
 
 
 def random_plan(run: Run, rng: random.Random) -> _core.StepPlan:
@@ -161,9 +160,9 @@ def random_plan(run: Run, rng: random.Random) -> _core.StepPlan:
 
 
 @every_kernel
-def test_random_plans_of_a_caller(model: Path, isa: str, dtype: str) -> None:
+def test_random_plans_of_a_caller(model: Path, kernel: Kernel) -> None:
     rng = random.Random(1)
-    run = Run(model, capture=True, isa=isa, dtype=dtype, threads=2, token_budget=90, blocks=200)
+    run = Run(model, capture=True, **kernel._asdict(), threads=2, token_budget=90, blocks=200)
     for id, one in enumerate(CATALOGUE):
         one.put(run, id)
     served = 0
@@ -174,14 +173,13 @@ def test_random_plans_of_a_caller(model: Path, isa: str, dtype: str) -> None:
             run.step()
     assert served > 20
     assert run.preempted > 5
-    assert_all_same(run, CATALOGUE, model, isa, dtype)
+    assert_all_same(run, CATALOGUE, model, kernel)
 
 
 @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", ISAS)
-def test_random_traces(model: Path, isa: str, dtype: str, data: st.DataObject) -> None:
+@every_kernel
+def test_random_traces(model: Path, kernel: Kernel, data: st.DataObject) -> None:
     """Arrivals, cancellations, plans, pools and limits at random."""
     draw = data.draw
     rng = random.Random(draw(st.integers(0, 2**32), label="seed"))
@@ -191,8 +189,7 @@ def test_random_traces(model: Path, isa: str, dtype: str, data: st.DataObject) -
     run = Run(
         model,
         capture=True,
-        isa=isa,
-        dtype=dtype,
+        **kernel._asdict(),
         threads=draw(st.integers(1, 3)),
         token_budget=draw(st.one_of(st.sampled_from(BUDGETS[1:]), st.integers(2, 300))),
         max_sequences=draw(st.integers(1, 16)),
@@ -222,7 +219,7 @@ def test_random_traces(model: Path, isa: str, dtype: str, data: st.DataObject) -
         except _core.InvalidArgument:
             run.step()
     for id, one in truth.items():
-        assert_same(run, id, alone(model, isa, dtype, one))
+        assert_same(run, id, alone(model, kernel, one))
         run.engine.flush(id)
     assert run.engine.query().used_blocks == 0
 
@@ -273,7 +270,7 @@ def test_smollm2(smollm2: Path, isa: str, dtype: str) -> None:
         request(shared[:64] + random_tokens(63, 9, 49152), max_tokens=6),
         request(random_tokens(64, 7, 49152), max_tokens=6),
     ]
-    truth = [alone(smollm2, isa, dtype, one) for one in requests]
+    truth = [alone(smollm2, Kernel(isa, dtype), one) for one in requests]
     for budget, threads in ((16, 1), (64, 2), (257, 2)):
         run = together(smollm2, requests, isa=isa, dtype=dtype, threads=threads, token_budget=budget)
         for id, expected in enumerate(truth):

@@ -33,6 +33,9 @@ def test_weights_and_cache(model, gigabytes, kv_bytes, decode_ms):
     assert 1e3 * ROOF.seconds(costs.decode(1, 0)) == pytest.approx(decode_ms, rel=2e-3)
     wide = Costs.of(model, "float32")
     assert (wide.weight_bytes, wide.kv_bytes_per_token) == (2 * costs.weight_bytes, 2 * kv_bytes)
+    small = Costs.of(model, "bfloat16", kv_dtype="int8")
+    scales = 2 * model.num_layers * model.num_kv_heads * 4
+    assert (small.weight_bytes, small.kv_bytes_per_token) == (costs.weight_bytes, kv_bytes // 2 + scales)
 
 
 def test_decode_reads_the_weights_once_and_every_context():

@@ -264,6 +264,7 @@ def test_without_a_tokenizer_ids_still_work(llm, tiny_llama, tmp_path):
     ("options", "error", "reason"),
     [
         ({"dtype": "int4"}, ConfigError, "int4"),
+        ({"kv_dtype": "int4"}, ConfigError, "kv_dtype"),
         ({"device": "tpu"}, ConfigError, "tpu"),
         ({"isa": "sse9"}, ConfigError, "sse9"),
         ({"threads": 0}, ConfigError, "threads"),
@@ -304,6 +305,7 @@ def test_sizes():
 def test_auto_options_are_the_natives_own():
     config = engine_config()
     assert (config.device, config.dtype, config.isa) == ("cpu", "bfloat16", "auto")
+    assert (config.kv_dtype, engine_config(kv_dtype="int8").kv_dtype) == ("auto", "int8")
     assert (config.threads, config.token_budget, config.max_model_len, config.kv_bytes) == (0, 0, 0, 0)
     config = engine_config(threads=3, token_budget=9, max_model_len=8, kv_memory="1KiB", prefix_caching=False)
     assert (config.threads, config.token_budget, config.max_model_len, config.kv_bytes) == (3, 9, 8, 1024)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engines import EVERY_KERNEL, ISAS, Run, random_tokens
+from engines import ISAS, Kernel, Run, every_kernel, random_tokens
 from splitfuse import _core
 
 pytestmark = pytest.mark.machine_independent  # the ISAs are named
@@ -52,17 +52,17 @@ def serve(model: Path, blocks: int, **config: Any) -> Run:
 
 
 @functools.cache
-def calm_answers(model: Path, isa: str, dtype: str) -> dict[int, list[int]]:
-    run = serve(model, DEMAND, isa=isa, dtype=dtype)
+def calm_answers(model: Path, kernel: Kernel) -> dict[int, list[int]]:
+    run = serve(model, DEMAND, **kernel._asdict())
     assert run.preempted == 0
     return run.tokens
 
 
 @pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize(("isa", "dtype"), EVERY_KERNEL)
-def test_a_tenth_of_the_demand(model: Path, isa: str, dtype: str, caching: bool) -> None:
-    calm = calm_answers(model, isa, dtype)
-    run = serve(model, DEMAND // 10, isa=isa, dtype=dtype, prefix_caching=caching)
+@every_kernel
+def test_a_tenth_of_the_demand(model: Path, kernel: Kernel, caching: bool) -> None:
+    calm = calm_answers(model, kernel)
+    run = serve(model, DEMAND // 10, **kernel._asdict(), prefix_caching=caching)
     assert run.engine.query().total_blocks == DEMAND // 10
     assert run.preempted > 10
     for id in range(REQUESTS):
@@ -88,7 +88,7 @@ def test_flushing_as_they_finish(model: Path) -> None:
         for row in run.step().sampled:
             if row.finish:
                 run.engine.flush(row.id)
-    assert run.tokens == calm_answers(model, ISAS[-1], "float32")
+    assert run.tokens == calm_answers(model, Kernel(ISAS[-1], "float32"))
     assert run.engine.query().used_blocks == 0
 
 

@@ -1,4 +1,5 @@
-"""The engine against transformers on the same weights: logits, greedy tokens, and what bfloat16 costs."""
+"""The engine against transformers on the same weights: logits, greedy tokens, and what bfloat16 and an int8 KV cache
+cost."""
 
 from __future__ import annotations
 
@@ -182,3 +183,22 @@ def test_bfloat16_is_as_near_to_the_truth_as_transformers(smollm2: Path, isa: st
     assert len(ours) == windows * length
     assert np.mean(theirs) > 0
     assert np.mean(ours) <= 1.1 * np.mean(theirs)
+
+
+# ---- int8 keys and values
+
+LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_keys_and_values_cost_less_than_half_a_percent_of_perplexity(smollm2: Path, dtype: str) -> None:
+    tokens = AutoTokenizer.from_pretrained(smollm2)(LICENSE.read_text())["input_ids"][:1000]
+    nats = {}
+    for kv_dtype in ("auto", "int8"):
+        run = Run(smollm2, dtype=dtype, kv_dtype=kv_dtype, threads=2, token_budget=256)
+        run.put(0, tokens, max_tokens=1, prompt_logprobs=0)
+        run.finish_all()
+        assert len(run.prompt[0]) == len(tokens) - 1
+        nats[kv_dtype] = -np.mean([row.logprob for row in run.prompt[0]])
+    assert 1 < nats["auto"] < 5  # these are log-probabilities of something
+    assert 0 < abs(nats["int8"] - nats["auto"]) < np.log(1.005)

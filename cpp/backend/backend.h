@@ -48,6 +48,9 @@ struct KvShape {
   int32_t head_dim = 0;
   int32_t block_size = 0;
   int32_t blocks = 0;
+  KvDType dtype = KvDType::kAuto;
+
+  bool operator==(const KvShape&) const = default;
 };
 
 /// What stays the same over all steps of an engine.
@@ -120,7 +123,7 @@ class Backend {
   // ---- Housekeeping
   /// One line for people: device, ISA, threads, number format.
   virtual std::string describe() const = 0;
-  /// Format of activations, weights and KV cache; float32 or bfloat16.
+  /// Format of activations and weights; float32 or bfloat16.
   virtual DType dtype() const = 0;
   /// Bytes that could be taken now.
   virtual int64_t available() const = 0;

@@ -46,4 +46,13 @@ WeightFormat weight_format_from_name(const std::string& name) {
   throw ConfigError(cat("quantize is \"", name, "\"; expected \"dense\", \"int8\" or \"int4\""));
 }
 
+const char* kv_dtype_name(KvDType dtype) { return dtype == KvDType::kInt8 ? "int8" : "auto"; }
+
+KvDType kv_dtype_from_name(const std::string& name) {
+  for (const KvDType dtype : {KvDType::kAuto, KvDType::kInt8}) {
+    if (name == kv_dtype_name(dtype)) return dtype;
+  }
+  throw ConfigError(cat("kv_dtype is \"", name, "\"; expected \"auto\" or \"int8\""));
+}
+
 }  // namespace splitfuse

@@ -2,39 +2,52 @@
 // instruction set, inside their anonymous namespace, with a Format:
 //
 //   Reg                  a register of kLanes floats (8 or 16)
-//   Cell                 an element of K, V, q and the output
+//   Cell                 an element of q and the output
 //   Weight               a packed query element or softmax weight: what a Reg of K or V is multiplied by
+//   Sum, zero()          kLanes sums of products, which kVecs registers hold
+//   kInt8                K and V are int8 with scales; else they are Cells
 //   kVecs                registers in a row of the register tile, which has kAttentionRows of them
 //   kSteps               operations that a pair of products takes: 2, or 1 where the hardware multiplies pairs
-//   kPairRows            rows of memory that hold the pair's factors: 2 in float32, 1 in bfloat16
+//   kPairRows            rows of memory that hold the pair's factors: 2 in float32, else 1
+//   kLaneBytes           of such a row, for one lane: 2 in int8, else 4
 //   factors(at, row_bytes, step), first_factors(at)   the latter with nothing of the pair's second factor in it
 //   weights(pair, step), fma(weights, factors, sum)
-//   pack(cells, out)     8 query cells to Weights
-//   put_weights(out, low, high, sum)   stores 2 kLanes softmax weights and returns sum + them, in kLanes lanes
 //   put(out, value, n), get(in, n)     n floats to and from Cells and floats
 //   and set, add, mul, sub, max (the second if one is NaN), load, store, reduce_max, reduce_add, exp2,
 //   keep(value, n, fill): lanes from n on replaced.
 //
+// Where K and V are Cells:
+//   pack(cells, out)     8 query cells to Weights
+//   put_weights(out, low, high, sum)   stores 2 kLanes softmax weights and returns sum + them, in kLanes lanes
+// Where they are int8, all products are of integers, and exact:
+//   widen(cells, out)    8 query cells to floats
+//   put_weights(out, value, n)         n floats rounded to Weights
+//   to_floats(sum)
+//
 // The algorithm is the online softmax of Milakov and Gimelshein (arXiv:1805.02867), tiled as in FlashAttention
 // (arXiv:2205.14135), over tiles and segments at fixed absolute positions. A row's operations and their order
 // depend on its position alone: which rows share a register tile changes neither.
+//
+// Over an int8 cache a query row is rounded to 16 bits of its largest element, and a row's softmax weights in one
+// tile, times the scales of their values, to 16 bits of the largest: errors of 2^-16, where the cache's own are 2^-8.
 
 constexpr int kRows = kAttentionRows;
 constexpr int kTile = kAttentionTile;
 constexpr int kColumn = kAttentionColumn;
 constexpr int kTileColumns = kTile / kColumn;
 constexpr int kPack = 8;   // query elements of one row that lie together: every head_dim is a multiple
-
-constexpr int least(int a, int b) { return a < b ? a : b; }
+constexpr float kMostWeight = 32767.0f;   // of 16 bits: 256 products with int8, a tile of values, stay below 2^31
 
 template <class F>
 struct Attend {
   using Reg = typename F::Reg;
   using Cell = typename F::Cell;
   using Weight = typename F::Weight;
+  using Sum = typename F::Sum;
   static constexpr int kLanes = F::kLanes;
   static constexpr int kVecs = F::kVecs;
   static constexpr int kColumnVecs = kColumn / kLanes;
+  static constexpr int kColumnBytes = kColumn * F::kLaneBytes;
 
   struct State {
     float* m;
@@ -51,14 +64,22 @@ struct Attend {
   struct Tile {
     const char* keys[kTileColumns];
     const char* values[kTileColumns];
+    const float* key_scales[kTileColumns];     // int8 alone
+    const float* value_scales[kTileColumns];
     const char* next_keys[kTileColumns];
+    const float* next_scales[kTileColumns];    // of the next keys
     int next;              // columns of the next tile to fetch while this one is worked on
     bool fetch;            // whether to fetch this tile's values while its scores are made
     int64_t key_bytes;     // from one row of K to the next
     int64_t value_bytes;
     int head_dim;
     int padded_dim;
-    float scale;
+  };
+
+  // Query rows in the order of scores(), and what their products with keys are multiplied by to be scores.
+  struct Queries {
+    Weight* weights;
+    float* scales;
   };
 
   // With few query rows K and V come from memory at its full speed, if it is told early enough: hardware looks ahead
@@ -67,28 +88,33 @@ struct Attend {
     const char* at = tile.next_keys[column];
     const int rows = tile.head_dim * F::kPairRows / 2;
     for (int i = 0; i < rows; ++i, at += tile.key_bytes) __builtin_prefetch(at, 0, 2);
+    if constexpr (F::kInt8) __builtin_prefetch(tile.next_scales[column], 0, 2);
   }
   static inline void prefetch_values(const Tile& tile, int column) {
     const char* at = tile.values[column];
     const int64_t bytes = kColumn / 2 * F::kPairRows * tile.value_bytes;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    if constexpr (F::kInt8) __builtin_prefetch(tile.value_scales[column], 0, 2);
   }
 
   // ---- Register tiles
 
-  // out [MR][kTile] = q k^T for NV registers of keys. q: [head_dim / kPack][MR][kPack].
+  // out [MR][kTile] = q k^T for NV registers of keys from `column` on. q: [head_dim / kPack][MR][kPack].
   template <int MR, int NV>
-  static inline void scores(const Weight* q, int head_dim, const char* const* keys, int64_t row_bytes, float* out) {
-    Reg sum[MR][NV];
+  static inline void scores(const Tile& tile, int column, const Weight* q, float* out) {
+    const int64_t row_bytes = tile.key_bytes;
+    Sum sum[MR][NV];
     const char* at[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) at[v] = keys[v / kColumnVecs] + (v % kColumnVecs) * kLanes * 4;
+    for (int v = 0; v < NV; ++v) {
+      at[v] = tile.keys[column + v / kColumnVecs] + (v % kColumnVecs) * kLanes * F::kLaneBytes;
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) sum[r][v] = F::set(0.0f);
+      for (int v = 0; v < NV; ++v) sum[r][v] = F::zero();
     }
-    for (int d = 0; d < head_dim; d += kPack) {
+    for (int d = 0; d < tile.head_dim; d += kPack) {
 #pragma GCC unroll 8
       for (int pair = 0; pair < kPack; pair += 2) {
 #pragma GCC unroll 2
@@ -111,25 +137,39 @@ struct Attend {
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) F::store(out + r * kTile + v * kLanes, sum[r][v]);
+      for (int v = 0; v < NV; ++v) {
+        Reg score;
+        if constexpr (F::kInt8) {
+          const float* scales = tile.key_scales[column + v / kColumnVecs] + (v % kColumnVecs) * kLanes;
+          score = F::mul(F::to_floats(sum[r][v]), F::load(scales));
+        } else {
+          score = sum[r][v];
+        }
+        F::store(out + r * kTile + v * kLanes, score);
+      }
     }
   }
 
-  // o [MR][stride] = o * alpha + p v for NV registers of dimensions, over key pairs [begin, end) of the tile and,
-  // if `odd`, the first key of pair `end`. p: [MR][kTile].
+  // o [MR][stride] = o * alpha + step * p v for NV registers of dimensions, over key pairs [begin, end) of the tile
+  // and, if `odd`, the first key of pair `end`. p: [MR][kTile]. step: of int8 alone.
   template <int MR, int NV>
   static inline void values(const Tile& tile, const Weight* p, int64_t offset, int begin, int end, bool odd,
-                            const float* alpha, float* o) {
+                            const float* alpha, const float* step, float* o) {
     constexpr int kPairs = kColumn / 2;
     const char* const* columns = tile.values;
     const int64_t row_bytes = tile.value_bytes;
     const int64_t stride = tile.padded_dim;
-    Reg sum[MR][NV];
+    Sum sum[MR][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-      const Reg scale = F::set(alpha[r]);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) sum[r][v] = F::mul(F::load(o + r * stride + v * kLanes), scale);
+      for (int v = 0; v < NV; ++v) {
+        if constexpr (F::kInt8) {
+          sum[r][v] = F::zero();
+        } else {
+          sum[r][v] = F::mul(F::load(o + r * stride + v * kLanes), F::set(alpha[r]));
+        }
+      }
     }
     const int64_t pair_bytes = F::kPairRows * row_bytes;
     for (int pair = begin; pair < end;) {
@@ -138,32 +178,47 @@ struct Attend {
       if (offset == 0 && pair / kPairs < tile.next) prefetch_keys(tile, pair / kPairs);
       for (; pair < stop; ++pair, at += pair_bytes) {
 #pragma GCC unroll 2
-        for (int step = 0; step < F::kSteps; ++step) {
+        for (int half = 0; half < F::kSteps; ++half) {
           typename F::Factors value[NV];
 #pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) value[v] = F::factors(at + v * kLanes * 4, row_bytes, step);
+          for (int v = 0; v < NV; ++v) value[v] = F::factors(at + v * kLanes * F::kLaneBytes, row_bytes, half);
 #pragma GCC unroll 8
           for (int r = 0; r < MR; ++r) {
-            const auto weight = F::weights(p + r * kTile + 2 * pair, step);
+            const auto weight = F::weights(p + r * kTile + 2 * pair, half);
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) sum[r][v] = F::fma(weight, value[v], sum[r][v]);
           }
         }
       }
     }
-    if (odd) {
-      const char* at = columns[end / kPairs] + offset + (end % kPairs) * pair_bytes;
-#pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
-        const auto weight = F::weights(p + r * kTile + 2 * end, 0);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[r][v] = F::fma(weight, F::first_factors(at + v * kLanes * 4), sum[r][v]);
-      }
+    if constexpr (!F::kInt8) {
+      if (odd) add_odd<MR, NV>(p + 2 * end, columns[end / kPairs] + offset + (end % kPairs) * pair_bytes, sum);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) F::store(o + r * stride + v * kLanes, sum[r][v]);
+      for (int v = 0; v < NV; ++v) {
+        float* out = o + r * stride + v * kLanes;
+        if constexpr (F::kInt8) {
+          const Reg before = F::mul(F::load(out), F::set(alpha[r]));
+          F::store(out, F::madd(F::to_floats(sum[r][v]), F::set(step[r]), before));
+        } else {
+          F::store(out, sum[r][v]);
+        }
+      }
+    }
+  }
+
+  // The first key of a pair alone.
+  template <int MR, int NV>
+  static inline void add_odd(const Weight* p, const char* at, Reg (&sum)[MR][NV]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const auto weight = F::weights(p + r * kTile, 0);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        sum[r][v] = F::fma(weight, F::first_factors(at + v * kLanes * F::kLaneBytes), sum[r][v]);
+      }
     }
   }
 
@@ -177,12 +232,10 @@ struct Attend {
       if (tile.fetch) {
         for (int i = 0; i < kVecs / kColumnVecs; ++i) prefetch_values(tile, v / kColumnVecs + i);
       }
-      scores<MR, kVecs>(q, tile.head_dim, tile.keys + v / kColumnVecs, tile.key_bytes, out + v * kLanes);
+      scores<MR, kVecs>(tile, v / kColumnVecs, q, out + v * kLanes);
     }
     // The rest by whole columns: what lies past the last key is never looked at.
-    const auto run = [&](auto kernel) {
-      kernel(q, tile.head_dim, tile.keys + v / kColumnVecs, tile.key_bytes, out + v * kLanes);
-    };
+    const auto run = [&](auto kernel) { kernel(tile, v / kColumnVecs, q, out + v * kLanes); };
     switch ((vecs - v + kColumnVecs - 1) / kColumnVecs) {
       case 0:
         break;
@@ -200,14 +253,14 @@ struct Attend {
 
   template <int MR>
   static void all_values(const Tile& tile, const Weight* p, int begin, int end, bool odd, const float* alpha,
-                         float* o) {
+                         const float* step, float* o) {
     const int vecs = tile.padded_dim / kLanes;
     for (int v = 0; v < vecs;) {
       const int parts = (vecs - v + kVecs - 1) / kVecs;
       const int count = (vecs - v + parts - 1) / parts;
-      const int64_t offset = v * kLanes * 4;
+      const int64_t offset = v * kLanes * F::kLaneBytes;
       float* out = o + v * kLanes;
-      const auto run = [&](auto kernel) { kernel(tile, p, offset, begin, end, odd, alpha, out); };
+      const auto run = [&](auto kernel) { kernel(tile, p, offset, begin, end, odd, alpha, step, out); };
       switch (count) {
         case 1:
           run(values<MR, 1>);
@@ -226,21 +279,26 @@ struct Attend {
     }
   }
 
-  // Turns a row's scores of `keys` keys into weights and updates its m and l; the factor for what o holds so far.
-  static inline float weigh(const float* scores, Weight* p, int keys, float scale, float* m, float* l) {
+  // The maximum of a row's `keys` scores and of `before`.
+  static inline float highest(const float* scores, int keys, float scale, float before) {
     const Reg lowest = F::set(-__builtin_inff());
     Reg top = lowest;
     int key = 0;
     for (; key + kLanes <= keys; key += kLanes) top = F::max(top, F::load(scores + key));
     if (key < keys) top = F::max(top, F::keep(F::load(scores + key), keys - key, lowest));
-    const float highest = F::reduce_max(top) * scale;
-    const float before = *m;
-    const float after = highest > before ? highest : before;
+    const float now = F::reduce_max(top) * scale;
+    return now > before ? now : before;
+  }
 
+  // Turns a row's scores of `keys` keys into weights and updates its m and l; the factor for what o holds so far.
+  static inline float weigh(const float* scores, Weight* p, int keys, float scale, float* m, float* l) {
+    const float before = *m;
+    const float after = highest(scores, keys, scale, before);
     const Reg factor = F::set(scale);
     const Reg shift = F::set(-after);
     Reg sum = F::set(0.0f);
-    for (key = 0; key + 2 * kLanes <= keys; key += 2 * kLanes) {
+    int key = 0;
+    for (; key + 2 * kLanes <= keys; key += 2 * kLanes) {
       const Reg low = F::exp2(F::madd(F::load(scores + key), factor, shift));
       const Reg high = F::exp2(F::madd(F::load(scores + key + kLanes), factor, shift));
       sum = F::put_weights(p + key, low, high, sum);
@@ -257,33 +315,84 @@ struct Attend {
     return alpha;
   }
 
+  // The same for int8: weights times the scales of their values, which take the scores' place, then in 16 bits;
+  // *step is the unit of these. Keys from `keys` up to `past` weigh nothing.
+  static inline float weigh_int8(const Tile& tile, float* scores, Weight* p, int keys, int past, float scale, float* m,
+                                 float* l, float* step) {
+    const float before = *m;
+    const float after = highest(scores, keys, scale, before);
+    const Reg factor = F::set(scale);
+    const Reg shift = F::set(-after);
+    const Reg zero = F::set(0.0f);
+    Reg sum = zero;
+    Reg top = zero;
+    int key = 0;
+    for (; key + kLanes <= keys; key += kLanes) {
+      const Reg weight = F::exp2(F::madd(F::load(scores + key), factor, shift));
+      const Reg scaled = F::mul(weight, F::load(tile.value_scales[key / kColumn] + key % kColumn));
+      sum = F::add(sum, weight);
+      top = F::max(top, scaled);
+      F::store(scores + key, scaled);
+    }
+    if (key < keys) {
+      const Reg weight = F::keep(F::exp2(F::madd(F::load(scores + key), factor, shift)), keys - key, zero);
+      const Reg scales = F::keep(F::load(tile.value_scales[key / kColumn] + key % kColumn), keys - key, zero);
+      sum = F::add(sum, weight);
+      top = F::max(top, F::mul(weight, scales));
+      F::store(scores + key, F::mul(weight, scales));
+    }
+    const Grid grid(F::reduce_max(top), kMostWeight);
+    const Reg inverse = F::set(grid.inverse);
+    for (key = 0; key < keys; key += kLanes) F::put_weights(p + key, F::mul(F::load(scores + key), inverse), kLanes);
+    for (; key < past; key += kLanes) F::put_weights(p + key, zero, kLanes);
+    const float alpha = F::first(F::exp2(F::set(before - after)));
+    *step = grid.step;
+    *m = after;
+    *l = *l * alpha + F::reduce_add(sum);
+    return alpha;
+  }
+
   // Rows of one register tile over one tile of keys. keys[r] of them are in row r's past, ascending with r.
   template <int MR>
-  static void tile_rows(const Tile& tile, const Weight* q, const int* keys, float* m, float* l, float* o) {
+  static void tile_rows(const Tile& tile, const Queries& q, const int* keys, float* m, float* l, float* o) {
     alignas(64) float sums[MR * kTile];
     alignas(64) Weight weights[MR * kTile];
     float alpha[MR];
-    all_scores<MR>(tile, q, keys[MR - 1], sums);
-    for (int r = 0; r < MR; ++r) {
-      alpha[r] = keys[r] > 0 ? weigh(sums + r * kTile, weights + r * kTile, keys[r], tile.scale, m + r, l + r) : 1.0f;
-    }
-    if (keys[0] == keys[MR - 1]) {
-      all_values<MR>(tile, weights, 0, keys[0] / 2, keys[0] % 2 != 0, alpha, o);
-      return;
-    }
-    // On the diagonal: what all rows share together, then each row's own keys. No row reads a value that is not in
-    // its past, not even to multiply it by zero: it might be infinite.
-    const int shared = keys[0] / 2;
-    all_values<MR>(tile, weights, 0, shared, false, alpha, o);
-    const float one = 1.0f;
-    for (int r = 0; r < MR; ++r) {
-      if (keys[r] > 2 * shared) {
-        all_values<1>(tile, weights + r * kTile, shared, keys[r] / 2, keys[r] % 2 != 0, &one, o + r * tile.padded_dim);
+    all_scores<MR>(tile, q.weights, keys[MR - 1], sums);
+    if constexpr (F::kInt8) {
+      // A row may pass over values that are not in its past: they are integers, and zero times them is zero. And it
+      // has to: the sums of a tile are exact only as long as they are not scaled.
+      const int past = keys[MR - 1];
+      float step[MR];
+      for (int r = 0; r < MR; ++r) {
+        alpha[r] =
+            weigh_int8(tile, sums + r * kTile, weights + r * kTile, keys[r], past, q.scales[r], m + r, l + r, step + r);
+      }
+      all_values<MR>(tile, weights, 0, (past + 1) / 2, false, alpha, step, o);
+    } else {
+      for (int r = 0; r < MR; ++r) {
+        alpha[r] =
+            keys[r] > 0 ? weigh(sums + r * kTile, weights + r * kTile, keys[r], q.scales[r], m + r, l + r) : 1.0f;
+      }
+      if (keys[0] == keys[MR - 1]) {
+        all_values<MR>(tile, weights, 0, keys[0] / 2, keys[0] % 2 != 0, alpha, nullptr, o);
+        return;
+      }
+      // On the diagonal: what all rows share together, then each row's own keys. No row reads a value that is not in
+      // its past, not even to multiply it by zero: it might be infinite.
+      const int shared = keys[0] / 2;
+      all_values<MR>(tile, weights, 0, shared, false, alpha, nullptr, o);
+      const float one = 1.0f;
+      for (int r = 0; r < MR; ++r) {
+        if (keys[r] > 2 * shared) {
+          all_values<1>(tile, weights + r * kTile, shared, keys[r] / 2, keys[r] % 2 != 0, &one, nullptr,
+                        o + r * tile.padded_dim);
+        }
       }
     }
   }
 
-  static void tile_group(const Tile& tile, const Weight* q, int rows, const int* keys, float* m, float* l, float* o) {
+  static void tile_group(const Tile& tile, const Queries& q, int rows, const int* keys, float* m, float* l, float* o) {
     static_assert(kRows == 6);
     switch (rows) {
       case 1:
@@ -309,24 +418,34 @@ struct Attend {
     return reinterpret_cast<const char*>(item.kv) + item.block_table[column / block_columns] * item.layout.block_bytes;
   }
 
+  static const float* key_scales(const AttentionItem& item, const char* block) {
+    return reinterpret_cast<const float*>(block + item.layout.scale_offset);
+  }
+
   // The columns of keys [begin, end), and those of the following tile's [begin + kTile, past) that may be fetched.
   static void find_columns(const AttentionItem& item, int begin, int past, Tile& tile) {
     int within = 0;
     const int end = least(begin + kTile, past);
     for (int i = 0; begin + i * kColumn < end; ++i) {
       const char* block = block_of(item, begin / kColumn + i, &within);
-      tile.keys[i] = block + within * kColumn * 4;
+      tile.keys[i] = block + within * kColumnBytes;
       tile.values[i] = block + item.layout.value_offset + within * (kColumn / 2) * F::kPairRows * tile.value_bytes;
+      if constexpr (F::kInt8) {
+        tile.key_scales[i] = key_scales(item, block) + within * kColumn;
+        tile.value_scales[i] = tile.key_scales[i] + item.layout.block_size;
+      }
     }
     tile.next = 0;
     if (!tile.fetch) return;
     for (; begin + kTile + tile.next * kColumn < least(begin + 2 * kTile, past); ++tile.next) {
       const char* block = block_of(item, begin / kColumn + kTileColumns + tile.next, &within);
-      tile.next_keys[tile.next] = block + within * kColumn * 4;
+      tile.next_keys[tile.next] = block + within * kColumnBytes;
+      if constexpr (F::kInt8) tile.next_scales[tile.next] = key_scales(item, block) + within * kColumn;
     }
   }
 
-  static void pack_queries(const AttentionItem& item, Weight* out) {
+  static void pack_queries(const AttentionItem& item, const Queries& q) {
+    Weight* out = q.weights;
     const int rows = item.positions * item.group;
     const int head_dim = item.layout.head_dim;
     for (int first = 0; first < rows; first += kRows) {
@@ -334,10 +453,33 @@ struct Attend {
       for (int r = 0; r < count; ++r) {
         const Cell* in = static_cast<const Cell*>(item.q) + (first + r) / item.group * item.row_stride +
                          (first + r) % item.group * head_dim;
-        for (int d = 0; d < head_dim; d += kPack) F::pack(in + d, out + d * count + r * kPack);
+        q.scales[first + r] = item.scale;
+        if constexpr (F::kInt8) {
+          q.scales[first + r] *= pack_int16(in, head_dim, count * kPack, out + r * kPack);
+        } else {
+          for (int d = 0; d < head_dim; d += kPack) F::pack(in + d, out + d * count + r * kPack);
+        }
       }
       out += count * head_dim;
     }
+  }
+
+  // One query row in 16 bits, kPack elements every `stride`; their unit, or NaN if one is not finite.
+  static float pack_int16(const Cell* in, int head_dim, int stride, Weight* out) {
+    float wide[kPack];
+    Largest<F> largest;
+    for (int d = 0; d < head_dim; d += kPack) {
+      F::widen(in + d, wide);
+      largest.add(F::get(wide, kPack));
+    }
+    // So that the sum of all its products stays below 2^31.
+    const float most = head_dim <= 512 ? kMostWeight : kMostWeight * 512 / static_cast<float>(head_dim);
+    const Grid grid(largest.value(), most);
+    for (int d = 0; d < head_dim; d += kPack, out += stride) {
+      F::widen(in + d, wide);
+      F::put_weights(out, F::mul(F::get(wide, kPack), F::set(grid.inverse)), kPack);
+    }
+    return grid.step;
   }
 
   static void reset(const AttentionItem& item, const State& state) {
@@ -350,16 +492,15 @@ struct Attend {
     for (int64_t i = 0; i < size; i += kLanes) F::store(state.o + i, F::set(0.0f));
   }
 
-  static void segment(const AttentionItem& item, const Weight* q, int index, const State& state) {
+  static void segment(const AttentionItem& item, const Queries& q, int index, const State& state) {
     const int rows = item.positions * item.group;
     const int known = item.first + item.positions;
     const int past = least((index + 1) * kAttentionSegment, known);
     Tile tile;
     tile.head_dim = item.layout.head_dim;
     tile.padded_dim = item.layout.padded_dim;
-    tile.key_bytes = item.layout.block_size * 4;
-    tile.value_bytes = tile.padded_dim * 4;
-    tile.scale = item.scale;
+    tile.key_bytes = item.layout.block_size * F::kLaneBytes;
+    tile.value_bytes = tile.padded_dim * F::kLaneBytes;
     const bool few = rows <= 4 * kRows;
     reset(item, state);
     for (int begin = index * kAttentionSegment; begin < past; begin += kTile) {
@@ -373,7 +514,7 @@ struct Attend {
           keys[r] = seen < 0 ? 0 : least(seen, kTile);
         }
         if (keys[count - 1] == 0) continue;
-        tile_group(tile, q + row * tile.head_dim, count, keys, state.m + row, state.l + row,
+        tile_group(tile, {q.weights + row * tile.head_dim, q.scales + row}, count, keys, state.m + row, state.l + row,
                    state.o + static_cast<int64_t>(row) * tile.padded_dim);
         tile.fetch = false;   // the first rows fetched for all
         tile.next = 0;
@@ -415,7 +556,8 @@ struct Attend {
   static void attend(const AttentionItem& item) {
     const State total = state_at(item, item.scratch);
     const State part = state_at(item, item.scratch + item.state_floats);
-    auto* q = reinterpret_cast<Weight*>(item.scratch + 2 * item.state_floats);
+    float* const scales = item.scratch + 2 * item.state_floats;
+    const Queries q = {reinterpret_cast<Weight*>(scales + (item.positions * item.group + 15) / 16 * 16), scales};
     pack_queries(item, q);
     for (int s = item.first_segment; s < item.last_segment; ++s) {
       if (item.partials != nullptr) {
@@ -436,29 +578,5 @@ struct Attend {
       join(item, s, total, state_at(item, item.partials + s * item.state_floats));
     }
     finish(item, total);
-  }
-
-  // ---- Rotary embedding and conversion
-
-  static void rotate(const float* in, const float* cos, const float* sin, int32_t head_dim, void* out) {
-    const int half = head_dim / 2;
-    auto* cells = static_cast<Cell*>(out);
-    for (int i = 0; i < half; i += kLanes) {
-      const int n = least(kLanes, half - i);
-      const Reg low = F::get(in + i, n);
-      const Reg high = F::get(in + half + i, n);
-      const Reg c = F::get(cos + i, n);
-      const Reg s = F::get(sin + i, n);
-      F::put(cells + i, F::sub(F::mul(low, c), F::mul(high, s)), n);
-      F::put(cells + half + i, F::add(F::mul(high, c), F::mul(low, s)), n);
-    }
-  }
-
-  static void convert(const float* in, int32_t count, void* out) {
-    auto* cells = static_cast<Cell*>(out);
-    for (int i = 0; i < count; i += kLanes) {
-      const int n = least(kLanes, count - i);
-      F::put(cells + i, F::get(in + i, n), n);
-    }
   }
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numbers>
 #include <numeric>
 
@@ -20,13 +21,13 @@ constexpr int32_t kLeastCostRows = 8;
 // Sequences of the greatest length that the room for partial states lets be split at once.
 constexpr int64_t kSplitSequences = 4;
 
-AttentionKernels make_attention_kernels(DType dtype, Isa isa) {
+AttentionKernels make_attention_kernels(DType dtype, KvDType kv, Isa isa) {
   AttentionKernels kernels;
-  attention_kernels_ref(dtype, kernels);
+  attention_kernels_ref(dtype, kv, kernels);
 #if defined(__x86_64__)
-  if (isa >= Isa::kAvx2) attention_kernels_avx2(dtype, kernels);
-  if (isa >= Isa::kAvx512) attention_kernels_avx512(dtype, kernels);
-  if (isa >= Isa::kAvx512Bf16) attention_kernels_avx512_bf16(dtype, kernels);
+  if (isa >= Isa::kAvx2) attention_kernels_avx2(dtype, kv, kernels);
+  if (isa >= Isa::kAvx512) attention_kernels_avx512(dtype, kv, kernels);
+  if (isa >= Isa::kAvx512Bf16) attention_kernels_avx512_bf16(dtype, kv, kernels);
 #else
   (void)isa;
 #endif
@@ -38,12 +39,14 @@ KvLayout make_layout(const KvShape& shape, DType dtype) {
   SPLITFUSE_ASSERT(shape.head_dim > 0 && shape.head_dim % 8 == 0);
   SPLITFUSE_ASSERT(shape.block_size > 0 && shape.block_size % kAttentionColumn == 0);
   KvLayout layout;
-  const int64_t size = dtype_size(dtype);
+  const bool int8 = shape.dtype == KvDType::kInt8;
+  const int64_t size = int8 ? 1 : dtype_size(dtype);
   layout.head_dim = shape.head_dim;
   layout.padded_dim = round_up(shape.head_dim, 16);
   layout.block_size = shape.block_size;
   layout.value_offset = size * shape.head_dim * shape.block_size;
-  layout.head_bytes = layout.value_offset + size * layout.padded_dim * shape.block_size;
+  layout.scale_offset = layout.value_offset + size * layout.padded_dim * shape.block_size;
+  layout.head_bytes = layout.scale_offset + (int8 ? 2 * int64_t{sizeof(float)} * shape.block_size : 0);
   layout.layer_bytes = layout.head_bytes * shape.kv_heads;
   layout.block_bytes = layout.layer_bytes * shape.layers;
   return layout;
@@ -69,11 +72,13 @@ template <class Cell>
 void write_kv(const KvLayout& layout, std::byte* head, int64_t within, const ColumnPart<Cell>& part) {
   const int64_t stride = layout.padded_dim;
   auto* const values = reinterpret_cast<Cell*>(head + layout.value_offset);
-  // In bfloat16 two dimensions of a key move as one.
-  constexpr int64_t kTogether = 4 / sizeof(Cell);
+  // In bfloat16 and int8 two dimensions of a key move as one.
+  constexpr int64_t kTogether = sizeof(Cell) == 4 ? 1 : 2;
   for (int64_t d = 0; d < layout.head_dim; d += kTogether) {
     Cell* out = reinterpret_cast<Cell*>(head) + d * layout.block_size + within * kTogether;
-    for (int64_t i = 0; i < part.count; ++i) std::memcpy(out + i * kTogether, part.keys + i * stride + d, 4);
+    for (int64_t i = 0; i < part.count; ++i) {
+      std::memcpy(out + i * kTogether, part.keys + i * stride + d, kTogether * sizeof(Cell));
+    }
   }
   if constexpr (sizeof(Cell) == 4) {
     for (int64_t i = 0; i < part.count; ++i) {
@@ -99,8 +104,7 @@ void write_kv(const KvLayout& layout, std::byte* head, int64_t within, const Col
 
 }  // namespace
 
-PagedAttention::PagedAttention(DType dtype, Isa isa, ThreadPool& pool)
-    : dtype_(dtype), pool_(pool), kernels_(make_attention_kernels(dtype, isa)) {}
+PagedAttention::PagedAttention(DType dtype, Isa isa, ThreadPool& pool) : dtype_(dtype), isa_(isa), pool_(pool) {}
 
 int64_t PagedAttention::block_bytes(const KvShape& shape, DType dtype) { return make_layout(shape, dtype).block_bytes; }
 
@@ -110,7 +114,7 @@ PagedAttention::Room PagedAttention::room(const AttentionShape& shape, const Ste
   const int32_t run = positions_per_item(group);
   Room room;
   room.angles = int64_t{limits.max_rows} * shape.kv.head_dim;
-  // Between attentions it holds a column of rotated keys and of values.
+  // Between attentions it holds a column of rotated keys and of values, in int8 behind them one key in float32.
   room.thread = std::max(attention_scratch_floats(int64_t{run} * group, layout.padded_dim),
                          int64_t{2 * kAttentionColumn} * layout.padded_dim);
   room.partials = pool_.size() == 1 ? 0
@@ -133,6 +137,7 @@ void PagedAttention::prepare(const AttentionShape& shape, const StepLimits& limi
   SPLITFUSE_ASSERT(shape.heads > 0 && shape.heads % shape.kv.kv_heads == 0);
   SPLITFUSE_ASSERT(shape.scale > 0.0f);
   SPLITFUSE_ASSERT(shape.inv_freq.size() == static_cast<size_t>(shape.kv.head_dim / 2));
+  kernels_ = make_attention_kernels(dtype_, shape.kv.dtype, isa_);
   shape_ = shape;
   layout_ = make_layout(shape.kv, dtype_);
   kv_ = kv;
@@ -220,7 +225,15 @@ int64_t PagedAttention::state_floats(int32_t positions) const {
   return attention_state_floats(int64_t{positions} * group_, layout_.padded_dim);
 }
 
+void PagedAttention::rotate(RotateKernel kernel, const float* qkv, int64_t row, int64_t head, void* out) const {
+  const int64_t dim = layout_.head_dim;
+  const float* cos = angles_ + row * dim;
+  const int64_t stride = row_stride((int64_t{shape_.heads} + 2 * shape_.kv.kv_heads) * dim);
+  kernel(qkv + row * stride + head * dim, cos, cos + dim / 2, layout_.head_dim, out);
+}
+
 void PagedAttention::rope_write_kv(const float* qkv, int32_t layer, void* q) {
+  if (shape_.kv.dtype == KvDType::kInt8) return rope_write<int8_t>(qkv, layer, q);
   dtype_ == DType::kF32 ? rope_write<float>(qkv, layer, q) : rope_write<uint16_t>(qkv, layer, q);
 }
 
@@ -229,6 +242,13 @@ void PagedAttention::rope_write(const float* qkv, int32_t layer, void* q) {
   pool_.run([&](int thread) {
     const int64_t first = int64_t{batch_.rows()} * thread / pool_.size();
     const int64_t past = int64_t{batch_.rows()} * (thread + 1) / pool_.size();
+    const int64_t q_stride = row_stride(int64_t{shape_.heads} * layout_.head_dim);
+    for (int64_t row = first; row < past; ++row) {
+      for (int64_t head = 0; head < shape_.heads; ++head) {
+        const int64_t at = row * q_stride + head * layout_.head_dim;
+        rotate(kernels_.rotate, qkv, row, head, static_cast<std::byte*>(q) + at * dtype_size(dtype_));
+      }
+    }
     for (const RaggedSeq& seq : batch_.seqs) {
       int64_t row = std::max<int64_t>(first, seq.begin);
       const int64_t end = std::min<int64_t>(past, seq.begin + seq.length);
@@ -236,7 +256,7 @@ void PagedAttention::rope_write(const float* qkv, int32_t layer, void* q) {
         // As many rows as lie in one column of keys.
         const int64_t position = seq.computed + row - seq.begin;
         const int64_t count = std::min(end - row, kAttentionColumn - position % kAttentionColumn);
-        rope_write_column<Cell>(qkv, layer, q, row, count, seq.block_table[position / layout_.block_size],
+        rope_write_column<Cell>(qkv, layer, row, count, seq.block_table[position / layout_.block_size],
                                 position % layout_.block_size, thread);
         row += count;
       }
@@ -245,30 +265,35 @@ void PagedAttention::rope_write(const float* qkv, int32_t layer, void* q) {
 }
 
 template <class Cell>
-void PagedAttention::rope_write_column(const float* qkv, int32_t layer, void* q, int64_t row, int64_t count,
-                                       int32_t block, int64_t within, int thread) {
+void PagedAttention::rope_write_column(const float* qkv, int32_t layer, int64_t row, int64_t count, int32_t block,
+                                       int64_t within, int thread) {
   const int64_t dim = layout_.head_dim;
   const int64_t heads = shape_.heads;
   const int64_t kv_heads = shape_.kv.kv_heads;
   const int64_t in_stride = row_stride((heads + 2 * kv_heads) * dim);
-  const int64_t q_stride = row_stride(heads * dim);
   auto* const keys = reinterpret_cast<Cell*>(scratch_ + room_.thread * thread);
   Cell* const values = keys + kAttentionColumn * layout_.padded_dim;
-  const auto rotate = [&](int64_t r, int64_t head, Cell* out) {
-    const float* cos = angles_ + r * dim;
-    kernels_.rotate(qkv + r * in_stride + head * dim, cos, cos + dim / 2, layout_.head_dim, out);
-  };
-  for (int64_t r = row; r < row + count; ++r) {
-    for (int64_t head = 0; head < heads; ++head) rotate(r, head, static_cast<Cell*>(q) + r * q_stride + head * dim);
-  }
   std::byte* const at = kv_ + block * layout_.block_bytes + layer * layout_.layer_bytes;
   for (int64_t head = 0; head < kv_heads; ++head) {
+    std::byte* const out = at + head * layout_.head_bytes;
     for (int64_t i = 0; i < count; ++i) {
-      rotate(row + i, heads + head, keys + i * layout_.padded_dim);
-      kernels_.convert(qkv + (row + i) * in_stride + (heads + kv_heads + head) * dim, layout_.head_dim,
-                       values + i * layout_.padded_dim);
+      Cell* const key = keys + i * layout_.padded_dim;
+      Cell* const value = values + i * layout_.padded_dim;
+      const float* const in = qkv + (row + i) * in_stride + (heads + kv_heads + head) * dim;
+      if constexpr (sizeof(Cell) == 1) {
+        auto* const rotated = reinterpret_cast<float*>(values + kAttentionColumn * layout_.padded_dim);
+        rotate(kernels_.rotate_f32, qkv, row + i, heads + head, rotated);
+        float* const key_scale = reinterpret_cast<float*>(out + layout_.scale_offset) + within + i;
+        float* const value_scale = key_scale + layout_.block_size;
+        kernels_.quantize(rotated, layout_.head_dim, key, key_scale);
+        kernels_.quantize(in, layout_.head_dim, value, value_scale);
+        if (std::isnan(*key_scale + *value_scale)) *key_scale = *value_scale = std::numeric_limits<float>::quiet_NaN();
+      } else {
+        rotate(kernels_.rotate, qkv, row + i, heads + head, key);
+        kernels_.convert(in, layout_.head_dim, value);
+      }
     }
-    write_kv(layout_, at + head * layout_.head_bytes, within, ColumnPart<Cell>{keys, values, count});
+    write_kv(layout_, out, within, ColumnPart<Cell>{keys, values, count});
   }
 }
 

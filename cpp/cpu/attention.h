@@ -69,16 +69,19 @@ class PagedAttention {
   int64_t state_floats(int32_t positions) const;
   void plan();
   void add_run(const Entry& run, int64_t fair);
+  using RotateKernel = decltype(AttentionKernels::rotate);
+  void rotate(RotateKernel kernel, const float* qkv, int64_t row, int64_t head, void* out) const;
   template <class Cell>
   void rope_write(const float* qkv, int32_t layer, void* q);
   template <class Cell>
-  void rope_write_column(const float* qkv, int32_t layer, void* q, int64_t row, int64_t count, int32_t block,
-                         int64_t within, int thread);
+  void rope_write_column(const float* qkv, int32_t layer, int64_t row, int64_t count, int32_t block, int64_t within,
+                         int thread);
   void run_item(const Entry& entry, int32_t head, int32_t layer, const void* q, void* out, int thread);
 
   DType dtype_;
+  Isa isa_;
   ThreadPool& pool_;
-  AttentionKernels kernels_;
+  AttentionKernels kernels_;       // for the KV cache that prepare() was given
   AttentionShape shape_;
   KvLayout layout_;
   std::byte* kv_ = nullptr;

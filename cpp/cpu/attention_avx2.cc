@@ -7,16 +7,22 @@ namespace {
 
 #include "cpu/vector_avx2-inl.h"
 
+#include "cpu/kv_rows-inl.h"
+
 #include "cpu/attention-inl.h"
 
 struct F32 : Avx2 {
   using Cell = float;
   using Weight = float;
+  using Sum = Reg;
   using Factors = __m256;
+  static constexpr bool kInt8 = false;
   static constexpr int kVecs = 2;
   static constexpr int kSteps = 2;
   static constexpr int kPairRows = 2;
+  static constexpr int kLaneBytes = 4;
 
+  static Sum zero() { return set(0.0f); }
   static Factors factors(const char* at, int64_t row_bytes, int step) {
     return load(reinterpret_cast<const float*>(at + step * row_bytes));
   }
@@ -47,18 +53,72 @@ struct Bf16 : F32 {
   }
 };
 
+// Keys and values of 8 bits are multiplied by queries and softmax weights of 16, two products to a lane.
+template <class Activations>
+struct Int8 : Activations {
+  using Reg = __m256;
+  using Cell = typename Activations::Cell;
+  using Weight = short;
+  using Sum = __m256i;
+  using Factors = __m256i;
+  static constexpr bool kInt8 = true;
+  static constexpr int kLanes = Activations::kLanes;
+  static constexpr int kSteps = 1;
+  static constexpr int kPairRows = 1;
+  static constexpr int kLaneBytes = 2;
+
+  static Sum zero() { return _mm256_setzero_si256(); }
+  static Factors factors(const char* at, int64_t, int) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  }
+  static __m256i weights(const Weight* pair, int) {
+    int both;
+    __builtin_memcpy(&both, pair, sizeof both);
+    return _mm256_set1_epi32(both);
+  }
+  static Sum fma(__m256i weight, Factors factor, Sum sum) {
+    Sum next = _mm256_add_epi32(sum, _mm256_madd_epi16(weight, factor));
+    // Or the compiler adds the products of several steps up first, and runs out of registers.
+    __asm__("" : "+x"(next));
+    return next;
+  }
+  static Reg to_floats(Sum sum) { return _mm256_cvtepi32_ps(sum); }
+  static void widen(const Cell* in, float* out) { Activations::pack(in, out); }
+  // Rows come in eights, so that n is all lanes.
+  static void put_weights(Weight* out, Reg value, int) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_int16(value));
+  }
+  static void put_int8(int8_t* out, Reg value, int) {
+    const __m128i words = round_int16(value);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
+  }
+
+ private:
+  static __m128i round_int16(Reg value) {
+    const __m256i whole = _mm256_cvtps_epi32(value);
+    return _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  }
+};
+
 template <class Format>
-void fill(AttentionKernels& kernels) {
+void fill_attention(AttentionKernels& kernels) {
   kernels.attend = Attend<Format>::attend;
   kernels.merge = Attend<Format>::merge;
-  kernels.rotate = Attend<Format>::rotate;
-  kernels.convert = Attend<Format>::convert;
+}
+
+template <class Activations>
+void fill(KvDType kv, AttentionKernels& kernels) {
+  kv == KvDType::kInt8 ? fill_attention<Int8<Activations>>(kernels) : fill_attention<Activations>(kernels);
+  kernels.rotate = KvRows<Activations>::rotate;
+  kernels.convert = KvRows<Activations>::convert;
+  kernels.rotate_f32 = KvRows<F32>::rotate;
+  kernels.quantize = KvRows<Int8<F32>>::quantize;
 }
 
 }  // namespace
 
-void attention_kernels_avx2(DType dtype, AttentionKernels& kernels) {
-  dtype == DType::kF32 ? fill<F32>(kernels) : fill<Bf16>(kernels);
+void attention_kernels_avx2(DType dtype, KvDType kv, AttentionKernels& kernels) {
+  dtype == DType::kF32 ? fill<F32>(kv, kernels) : fill<Bf16>(kv, kernels);
 }
 
 }  // namespace splitfuse

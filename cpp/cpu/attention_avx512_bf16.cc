@@ -7,6 +7,8 @@ namespace {
 
 #include "cpu/vector_avx512-inl.h"
 
+#include "cpu/kv_rows-inl.h"
+
 #include "cpu/attention-inl.h"
 
 // Both products of a pair in one instruction. Softmax weights are rounded to bfloat16, and it is the rounded
@@ -14,11 +16,15 @@ namespace {
 struct Bf16 : Avx512 {
   using Cell = unsigned short;
   using Weight = unsigned short;
+  using Sum = Reg;
   using Factors = __m512i;
+  static constexpr bool kInt8 = false;
   static constexpr int kVecs = 4;
   static constexpr int kSteps = 1;
   static constexpr int kPairRows = 1;
+  static constexpr int kLaneBytes = 4;
 
+  static Sum zero() { return set(0.0f); }
   static Factors factors(const char* at, int64_t, int) { return _mm512_loadu_si512(at); }
   static Factors first_factors(const char* at) { return _mm512_maskz_mov_epi16(0x55555555, _mm512_loadu_si512(at)); }
   static __m512i weights(const Weight* pair, int) {
@@ -41,8 +47,8 @@ struct Bf16 : Avx512 {
 
 }  // namespace
 
-void attention_kernels_avx512_bf16(DType dtype, AttentionKernels& kernels) {
-  if (dtype != DType::kBF16) return;
+void attention_kernels_avx512_bf16(DType dtype, KvDType kv, AttentionKernels& kernels) {
+  if (dtype != DType::kBF16 || kv == KvDType::kInt8) return;   // integers are multiplied as in AVX-512
   kernels.attend = Attend<Bf16>::attend;
   kernels.merge = Attend<Bf16>::merge;
 }

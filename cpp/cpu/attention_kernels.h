@@ -4,9 +4,13 @@
 // Layout of one KV head in one block, K then V, in columns of 16 keys (a block holds a whole number of them):
 //   float32    K [head_dim][block_size]            V [block_size][padded_dim]
 //   bfloat16   K [head_dim / 2][block_size][2]     V [block_size / 2][padded_dim][2]
-// So lanes are keys in q K^T and dimensions in p V, and in bfloat16 a 32-bit lane holds the two factors of one
+//   int8       the same, then the float32 scales of K [block_size] and of V [block_size]
+// So lanes are keys in q K^T and dimensions in p V, and in bfloat16 and int8 a lane holds the two factors of one
 // step of a pairwise dot product: adjacent dimensions of K, adjacent keys of V.
 // A block is [layer][kv head][K, V].
+//
+// A key or value in int8 is round(x / scale), to nearest, with scale = max |x| / 127 over its head_dim elements. Where
+// one of them is not finite, both scales of that position are NaN: all who see it get NaN.
 #pragma once
 
 #include <cstddef>
@@ -25,12 +29,15 @@ inline constexpr int32_t kAttentionTile = 256;
 inline constexpr int32_t kAttentionSegment = 512;
 /// Query rows of one register tile, on every instruction set.
 inline constexpr int32_t kAttentionRows = 6;
+/// Largest magnitude of a key or value in int8.
+inline constexpr float kMostInt8 = 127.0f;
 
 struct KvLayout {
   int32_t head_dim = 0;
   int32_t padded_dim = 0;      // head_dim rounded up to 16
   int32_t block_size = 0;
   int64_t value_offset = 0;    // bytes from a head's K to its V
+  int64_t scale_offset = 0;    // bytes from a head's K to its scales, in int8
   int64_t head_bytes = 0;
   int64_t layer_bytes = 0;
   int64_t block_bytes = 0;
@@ -65,21 +72,25 @@ struct AttentionKernels {
   void (*rotate)(const float* in, const float* cos, const float* sin, int32_t head_dim, void* out) = nullptr;
   /// out [count] in the activations' format = in.
   void (*convert)(const float* in, int32_t count, void* out) = nullptr;
+  /// rotate to float32.
+  void (*rotate_f32)(const float* in, const float* cos, const float* sin, int32_t head_dim, void* out) = nullptr;
+  /// out [count], a multiple of 8, in int8 with one `scale`, NaN if `in` holds NaN or infinity.
+  void (*quantize)(const float* in, int32_t count, int8_t* out, float* scale) = nullptr;
 };
 
-/// Each replaces the entries it improves for `dtype` (float32 or bfloat16).
-void attention_kernels_ref(DType dtype, AttentionKernels& kernels);
-void attention_kernels_avx2(DType dtype, AttentionKernels& kernels);
-void attention_kernels_avx512(DType dtype, AttentionKernels& kernels);
-void attention_kernels_avx512_bf16(DType dtype, AttentionKernels& kernels);
+/// Each replaces the entries it improves for activations of `dtype` (float32 or bfloat16) and a KV cache of `kv`.
+void attention_kernels_ref(DType dtype, KvDType kv, AttentionKernels& kernels);
+void attention_kernels_avx2(DType dtype, KvDType kv, AttentionKernels& kernels);
+void attention_kernels_avx512(DType dtype, KvDType kv, AttentionKernels& kernels);
+void attention_kernels_avx512_bf16(DType dtype, KvDType kv, AttentionKernels& kernels);
 
 constexpr int64_t attention_padded_rows(int64_t rows) { return (rows + 15) / 16 * 16; }
 constexpr int64_t attention_state_floats(int64_t rows, int64_t padded_dim) {
   return 2 * attention_padded_rows(rows) + rows * padded_dim;
 }
-/// Two states, and the queries of an item in a kernel's own order.
+/// Two states, and the queries of an item in a kernel's own order, with a scale each.
 constexpr int64_t attention_scratch_floats(int64_t rows, int64_t padded_dim) {
-  return 2 * attention_state_floats(rows, padded_dim) + rows * padded_dim;
+  return 2 * attention_state_floats(rows, padded_dim) + attention_padded_rows(rows) + rows * padded_dim;
 }
 
 }  // namespace splitfuse

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "base/numeric.h"
 #include "cpu/attention_kernels.h"
@@ -11,6 +12,7 @@ namespace {
 
 float to_float(float x) { return x; }
 float to_float(uint16_t x) { return bf16_to_float(x); }
+float to_float(int8_t x) { return x; }
 void assign(float& out, float x) { out = x; }
 void assign(uint16_t& out, float x) { out = float_to_bf16(x); }
 
@@ -21,7 +23,8 @@ struct Row {
   float* o;
 };
 
-template <class Cell>
+// KvCell: an element of K and V, Cell or int8_t.
+template <class Cell, class KvCell = Cell>
 class Reference {
  public:
   static void attend(const AttentionItem& item) {
@@ -66,7 +69,7 @@ class Reference {
   }
 
  private:
-  static constexpr bool kPairs = sizeof(Cell) == 2;
+  static constexpr bool kPairs = sizeof(KvCell) < 4;
 
   static Row row_at(const AttentionItem& item, float* state, int r) {
     const int64_t padded = attention_padded_rows(item.positions * item.group);
@@ -74,20 +77,27 @@ class Reference {
   }
   static int position(const AttentionItem& item, int r) { return item.first + r / item.group; }
 
-  static const Cell* block(const AttentionItem& item, int key) {
-    return reinterpret_cast<const Cell*>(item.kv +
-                                         item.block_table[key / item.layout.block_size] * item.layout.block_bytes);
+  static const KvCell* block(const AttentionItem& item, int key) {
+    return reinterpret_cast<const KvCell*>(item.kv +
+                                           item.block_table[key / item.layout.block_size] * item.layout.block_bytes);
+  }
+  // Of a key; its value's lies block_size floats after it.
+  static const float* scale_at(const AttentionItem& item, int key) {
+    const auto* bytes = reinterpret_cast<const std::byte*>(block(item, key));
+    return reinterpret_cast<const float*>(bytes + item.layout.scale_offset) + key % item.layout.block_size;
   }
   static float key_at(const AttentionItem& item, int key, int d) {
     const int64_t size = item.layout.block_size;
     const int64_t i = key % size;
-    return to_float(block(item, key)[kPairs ? (d / 2 * size + i) * 2 + d % 2 : d * size + i]);
+    const float cell = to_float(block(item, key)[kPairs ? (d / 2 * size + i) * 2 + d % 2 : d * size + i]);
+    return std::is_same_v<KvCell, int8_t> ? cell * *scale_at(item, key) : cell;
   }
   static float value_at(const AttentionItem& item, int key, int d) {
     const int64_t dim = item.layout.padded_dim;
     const int64_t i = key % item.layout.block_size;
-    const Cell* values = block(item, key) + item.layout.value_offset / static_cast<int64_t>(sizeof(Cell));
-    return to_float(values[kPairs ? (i / 2 * dim + d) * 2 + i % 2 : i * dim + d]);
+    const KvCell* values = block(item, key) + item.layout.value_offset / static_cast<int64_t>(sizeof(KvCell));
+    const float cell = to_float(values[kPairs ? (i / 2 * dim + d) * 2 + i % 2 : i * dim + d]);
+    return std::is_same_v<KvCell, int8_t> ? cell * scale_at(item, key)[item.layout.block_size] : cell;
   }
 
   static void segment(const AttentionItem& item, int r, int index, Row row) {
@@ -130,18 +140,35 @@ class Reference {
   }
 };
 
+void quantize(const float* in, int32_t count, int8_t* out, float* scale) {
+  constexpr float kNothing = 1e-30f;   // what is smaller has no inverse, and counts as zero
+  float largest = 0.0f;
+  bool finite = true;
+  for (int i = 0; i < count; ++i) {
+    largest = std::max(largest, std::abs(in[i]));
+    finite = finite && std::isfinite(in[i]);
+  }
+  const bool zero = !finite || largest < kNothing;
+  const float inverse = zero ? 0.0f : kMostInt8 / largest;
+  for (int i = 0; i < count; ++i) out[i] = zero ? int8_t{0} : static_cast<int8_t>(std::nearbyint(in[i] * inverse));
+  *scale = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : largest / kMostInt8;
+}
+
 template <class Cell>
-void fill(AttentionKernels& kernels) {
+void fill(KvDType kv, AttentionKernels& kernels) {
   kernels.attend = Reference<Cell>::attend;
   kernels.merge = Reference<Cell>::merge;
   kernels.rotate = Reference<Cell>::rotate;
   kernels.convert = Reference<Cell>::convert;
+  kernels.rotate_f32 = Reference<float>::rotate;
+  kernels.quantize = quantize;
+  if (kv == KvDType::kInt8) kernels.attend = Reference<Cell, int8_t>::attend;
 }
 
 }  // namespace
 
-void attention_kernels_ref(DType dtype, AttentionKernels& kernels) {
-  dtype == DType::kF32 ? fill<float>(kernels) : fill<uint16_t>(kernels);
+void attention_kernels_ref(DType dtype, KvDType kv, AttentionKernels& kernels) {
+  dtype == DType::kF32 ? fill<float>(kv, kernels) : fill<uint16_t>(kv, kernels);
 }
 
 }  // namespace splitfuse

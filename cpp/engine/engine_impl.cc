@@ -64,7 +64,7 @@ Engine::Impl::Impl(const ModelConfig& model, WeightSource& weights, const Engine
   kv_memory_ = backend_->allocate(sizing_.plan.kv_pool);
   const StepLimits& limits = sizing_.limits;
   workspace_memory_ = backend_->allocate(lay_out_workspace(model_, backend_->dtype(), limits, nullptr).bytes);
-  backend_->prepare(attention_shape(model_, config_.block_size, sizing_.plan.blocks), limits, kv_memory_.data());
+  backend_->prepare(attention_shape(model_, config_, sizing_.plan.blocks), limits, kv_memory_.data());
   decoder_ = std::make_unique<Decoder>(model_, *backend_, weights_,
                                        lay_out_workspace(model_, backend_->dtype(), limits, workspace_memory_.data()));
   sample_rows_.reserve(limits.max_logit_rows);
@@ -260,7 +260,7 @@ Limits Engine::Impl::view(std::vector<SeqView>& out) {
 std::string Engine::Impl::describe() const {
   const bool dense = config_.quantize == WeightFormat::kDense;
   return cat(backend_->describe(), dense ? "" : cat(", ", weight_format_name(config_.quantize), " weights"),
-             ", token budget ", budget_);
+             config_.kv_dtype == KvDType::kInt8 ? ", int8 KV cache" : "", ", token budget ", budget_);
 }
 
 std::string Engine::Impl::check() const {

@@ -62,7 +62,7 @@ Sizing size_engine(const ModelConfig& model, const EngineConfig& config, const B
   plan.weights = lay_out_weights(model, config.quantize, backend, nullptr).bytes;
   plan.token_budget = config.token_budget > 0 ? config.token_budget : kLargestAutoBudget;
 
-  const AttentionShape one_block = attention_shape(model, config.block_size, 1);
+  const AttentionShape one_block = attention_shape(model, config, 1);
   const int64_t block_bytes = backend.kv_block_bytes(one_block.kv);
   limits.vocab = model.vocab_size;
   limits.max_context = config.max_model_len > 0 ? config.max_model_len : model.max_position;

@@ -58,9 +58,9 @@ Workspace lay_out_workspace(const ModelConfig& config, DType dtype, const StepLi
   return work;
 }
 
-AttentionShape attention_shape(const ModelConfig& config, int32_t block_size, int32_t blocks) {
+AttentionShape attention_shape(const ModelConfig& config, const EngineConfig& engine, int32_t blocks) {
   AttentionShape shape;
-  shape.kv = {config.num_layers, config.num_kv_heads, config.head_dim, block_size, blocks};
+  shape.kv = {config.num_layers, config.num_kv_heads, config.head_dim, engine.block_size, blocks, engine.kv_dtype};
   shape.heads = config.num_heads;
   shape.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
   shape.inv_freq = rope_inv_freq(config.rope, config.head_dim);

@@ -25,8 +25,8 @@ struct Workspace {
 /// Places the activations at `base`; with base == nullptr it tells the bytes needed.
 Workspace lay_out_workspace(const ModelConfig& config, DType dtype, const StepLimits& limits, std::byte* base);
 
-/// How the attention of `config` looks to a backend.
-AttentionShape attention_shape(const ModelConfig& config, int32_t block_size, int32_t blocks);
+/// How the attention of `config` looks to a backend, over a KV cache of `blocks` blocks.
+AttentionShape attention_shape(const ModelConfig& config, const EngineConfig& engine, int32_t blocks);
 
 /// Runs a model on a backend. Holds views alone: of weights and workspace that outlive it.
 class Decoder {

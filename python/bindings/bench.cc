@@ -79,9 +79,7 @@ Prepared prepare(const std::string& dtype, int threads, const std::string& isa, 
   Prepared prepared;
   prepared.backend = make_cpu_backend(dtype_from_name(dtype), threads, isa);
   Backend& backend = *prepared.backend;
-  const int64_t bytes = backend.kv_block_bytes(shape.kv) * shape.kv.blocks;
-  prepared.cache = backend.allocate(bytes);
-  fill_noise(backend.dtype(), 1, bytes / dtype_size(backend.dtype()) / 32 * 32, prepared.cache.data());
+  prepared.cache = backend.allocate(backend.kv_block_bytes(shape.kv) * shape.kv.blocks);
   backend.prepare(shape, limits, prepared.cache.data());
   return prepared;
 }
@@ -118,13 +116,13 @@ py::dict linear_us(int32_t n, int32_t k, bool gated, int32_t rows, const std::st
 }
 
 py::dict attention_us(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t context, int32_t seqs, int32_t chunk,
-                      const std::string& dtype, int threads, const std::string& isa, double seconds,
-                      int32_t block_size) {
+                      const std::string& dtype, int threads, const std::string& isa, double seconds, int32_t block_size,
+                      const std::string& kv_dtype) {
   const int32_t length = context + chunk;
   const int32_t blocks = ceil_div(length, block_size);
   const int32_t rows = seqs * chunk;
   const int32_t columns = (heads + 2 * kv_heads) * head_dim;
-  const AttentionShape shape = {{1, kv_heads, head_dim, block_size, blocks * seqs},
+  const AttentionShape shape = {{1, kv_heads, head_dim, block_size, blocks * seqs, kv_dtype_from_name(kv_dtype)},
                                 heads,
                                 0.125f,
                                 std::vector<float>(static_cast<size_t>(head_dim) / 2, 0.01f)};
@@ -137,23 +135,27 @@ py::dict attention_us(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t
   for (int32_t s = 0; s < seqs; ++s) {
     auto& table = tables[static_cast<size_t>(s)];
     for (int32_t b = 0; b < blocks; ++b) table.push_back(b * seqs + s);   // neighbours in time, as an engine's are
-    ragged.push_back({s * chunk, chunk, context, table.data()});
-    for (int32_t i = 0; i < chunk; ++i) positions.push_back(context + i);
+    ragged.push_back({s * chunk, chunk, 0, table.data()});
   }
+  positions.resize(static_cast<size_t>(rows));
   const std::vector<Token> tokens(positions.size());
   DeviceBuffer qkv = backend.allocate(rows * row_stride(columns) * int64_t{sizeof(float)});
   fill_noise(DType::kF32, rows, columns, qkv.data());
   const int64_t activation_bytes = rows * row_stride(heads * head_dim) * dtype_size(backend.dtype());
   DeviceBuffer q = backend.allocate(activation_bytes);
   DeviceBuffer out = backend.allocate(activation_bytes);
-  backend.begin({tokens, positions, ragged, {}});
-  backend.rope_write_kv(reinterpret_cast<const float*>(qkv.data()), 0, q.data());
+  for (int32_t computed = context % chunk; computed <= context; computed += chunk) {   // the past, then the chunk
+    for (RaggedSeq& seq : ragged) seq.computed = computed;
+    for (int32_t row = 0; row < rows; ++row) positions[static_cast<size_t>(row)] = computed + row % chunk;
+    backend.begin({tokens, positions, ragged, {}});
+    backend.rope_write_kv(reinterpret_cast<const float*>(qkv.data()), 0, q.data());
+  }
   const Times times = time_calls(seconds, [&] { backend.attention(q.data(), 0, out.data()); });
 
   const double pairs = static_cast<double>(seqs) * chunk * (context + 0.5 * (chunk + 1));
   const double keys = static_cast<double>(seqs) * length;
-  return result_of(times, 4.0 * pairs * heads * head_dim,
-                   2.0 * keys * kv_heads * head_dim * static_cast<double>(dtype_size(backend.dtype())));
+  const double kv_bytes = static_cast<double>(backend.kv_block_bytes(shape.kv)) / block_size;
+  return result_of(times, 4.0 * pairs * heads * head_dim, keys * kv_bytes);
 }
 
 double barrier_us(int threads) {
@@ -195,6 +197,7 @@ void register_bench(py::module_& module) {
   bench.def("attention_us", &attention_us, py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
             py::arg("context"), py::arg("seqs") = 1, py::arg("chunk") = 1, py::arg("dtype") = "bfloat16",
             py::arg("threads") = 0, py::arg("isa") = "auto", py::arg("seconds") = 0.2, py::arg("block_size") = 32,
+            py::arg("kv_dtype") = "auto",
             "Attention of `seqs` chunks of `chunk` rows after `context` positions, as linear_us; gbps counts each\n"
             "sequence's keys and values once.");
   bench.def("barrier_us", &barrier_us, py::arg("threads") = 0, "One empty fork and join of the thread pool.");

@@ -99,6 +99,9 @@ void register_config(py::module_& module) {
   engine.def_property(
       "quantize", [](const EngineConfig& self) { return weight_format_name(self.quantize); },
       [](EngineConfig& self, const std::string& value) { self.quantize = weight_format_from_name(value); });
+  engine.def_property(
+      "kv_dtype", [](const EngineConfig& self) { return kv_dtype_name(self.kv_dtype); },
+      [](EngineConfig& self, const std::string& value) { self.kv_dtype = kv_dtype_from_name(value); });
   engine.def_readwrite("device", &EngineConfig::device)
       .def_readwrite("threads", &EngineConfig::threads)
       .def_readwrite("isa", &EngineConfig::isa)

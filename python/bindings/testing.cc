@@ -122,8 +122,8 @@ class Ops {
 
   Floats paged(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t block_size, int32_t blocks,
                const std::vector<float>& inv_freq, const std::vector<SeqChunk>& chunks, const Floats& qkv,
-               std::optional<float> scale, int32_t layers, int32_t layer) {
-    const KvShape kv = {layers, kv_heads, head_dim, block_size, blocks};
+               std::optional<float> scale, int32_t layers, int32_t layer, const std::string& kv_dtype) {
+    const KvShape kv = {layers, kv_heads, head_dim, block_size, blocks, kv_dtype_from_name(kv_dtype)};
     use_cache(kv, heads, inv_freq, scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim))));
     std::vector<RaggedSeq> seqs;
     std::vector<int32_t> positions;
@@ -145,6 +145,14 @@ class Ops {
     backend_->rope_write_kv(in.floats(), layer, q.data());
     backend_->attention(q.data(), layer, out.data());
     return out.result();
+  }
+
+  /// [blocks, bytes of a block], in the backend's own layout.
+  py::array_t<uint8_t> kv_cache() const {
+    const int64_t bytes = backend_->kv_block_bytes(shape_.kv);
+    py::array_t<uint8_t> copy({int64_t{shape_.kv.blocks}, bytes});
+    std::memcpy(copy.mutable_data(), cache_.data(), static_cast<size_t>(shape_.kv.blocks * bytes));
+    return copy;
   }
 
   py::list sample(const Floats& logits, const py::list& rows) {
@@ -292,9 +300,7 @@ class Ops {
 
   /// Keeps the KV cache while its shape stays the same; another shape begins with an empty one.
   void use_cache(const KvShape& kv, int32_t heads, const std::vector<float>& inv_freq, float scale) {
-    const KvShape& old = shape_.kv;
-    const bool same = old.layers == kv.layers && old.kv_heads == kv.kv_heads && old.head_dim == kv.head_dim &&
-                      old.block_size == kv.block_size && old.blocks == kv.blocks;
+    const bool same = shape_.kv == kv;
     if (same && shape_.heads == heads && shape_.inv_freq == inv_freq && shape_.scale == scale) return;
     shape_ = {kv, heads, scale, inv_freq};
     if (!same) cache_ = DeviceBuffer();
@@ -345,17 +351,18 @@ void register_testing(py::module_& module) {
           [](Ops& self, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t block_size, int32_t blocks,
              const std::vector<float>& inv_freq,
              const std::vector<std::tuple<int32_t, int32_t, std::vector<int32_t>>>& seqs, const Floats& qkv,
-             std::optional<float> scale, int32_t layers, int32_t layer) {
+             std::optional<float> scale, int32_t layers, int32_t layer, const std::string& kv_dtype) {
             std::vector<SeqChunk> chunks;
             for (const auto& [computed, length, table] : seqs) chunks.push_back({computed, length, table});
             return self.paged(heads, kv_heads, head_dim, block_size, blocks, inv_freq, chunks, qkv, scale, layers,
-                              layer);
+                              layer, kv_dtype);
           },
           py::kw_only(), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size"),
           py::arg("blocks"), py::arg("inv_freq"), py::arg("seqs"), py::arg("qkv"), py::arg("scale") = none,
-          py::arg("layers") = 1, py::arg("layer") = 0,
+          py::arg("layers") = 1, py::arg("layer") = 0, py::arg("kv_dtype") = "auto",
           "begin, rope_write_kv and attention of chunks (computed, length, block table) laid end to end: the result\n"
           "[rows, heads * head_dim]. The KV cache lives on until a call with another cache shape.")
+      .def("kv_cache", &Ops::kv_cache, "The bytes of the KV cache [blocks, bytes of a block], as paged() left them.")
       .def(
           "sample", &Ops::sample, py::arg("logits"), py::arg("rows"),
           "[(token, logprob, [(token, logprob)])] for logits [rows, vocab] and a dict a row: params (SamplingParams),\n"

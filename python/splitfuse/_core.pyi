@@ -61,6 +61,7 @@ class ModelConfig:
 class EngineConfig:
     device: str
     dtype: str  # "float32" | "bfloat16"
+    kv_dtype: str  # "auto" | "int8"
     threads: int
     isa: str
     quantize: str

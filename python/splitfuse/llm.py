@@ -70,6 +70,7 @@ def engine_config(
     max_sequences: int = 256,
     max_model_len: int | None = None,
     kv_memory: int | str = "auto",
+    kv_dtype: str = "auto",
     prefix_caching: bool = True,
     isa: str = "auto",
 ) -> EngineConfig:
@@ -97,6 +98,7 @@ def engine_config(
         max_sequences=max_sequences,
         max_model_len=max_model_len or 0,
         kv_bytes=0 if kv_memory == "auto" else parse_bytes(kv_memory),
+        kv_dtype=kv_dtype,
         prefix_caching=prefix_caching,
         isa=isa,
     )
@@ -142,12 +144,13 @@ class LLM:
     """A model and the engine that runs it.
 
     model: a Hugging Face directory or hub id, a .gguf file, what `splitfuse convert` wrote, or "demo".
-    device: "cpu", or "auto". dtype: "bfloat16" (auto) or "float32", of weights, activations and KV cache.
+    device: "cpu", or "auto". dtype: "bfloat16" (auto) or "float32", of weights and activations.
     quantize: "int8" or "int4" holds the matrices in fewer bits (docs/quantization.md); None as `dtype` says.
     threads: None takes the cores this process may use. isa: the CPU's instruction sets, "auto" or a rung of
     `splitfuse info`'s ladder. token_budget: tokens of one forward; "auto" measures at start. max_sequences:
     of one forward. max_model_len: longest sequence, prompt and answer; None: what model and KV memory allow.
     kv_memory: of the KV cache, bytes or "512MiB"; "auto": 1 GiB, or one longest sequence if that is more.
+    kv_dtype: of the KV cache, "auto" for dtype or "int8": about half of bfloat16's bytes a token, at a small loss.
     prefix_caching: reuse the keys and values of prompts that begin alike. policy: which tokens run in a
     forward, a name of `splitfuse.policies`. verbose: print memory plan and measured budget on stderr; None:
     where that is a terminal. They are logged either way.
@@ -168,6 +171,7 @@ class LLM:
         max_sequences: int = 256,
         max_model_len: int | None = None,
         kv_memory: int | str = "auto",
+        kv_dtype: str = "auto",
         prefix_caching: bool = True,
         isa: str = "auto",
         policy: str = "splitfuse",
@@ -186,6 +190,7 @@ class LLM:
             max_sequences=max_sequences,
             max_model_len=max_model_len,
             kv_memory=kv_memory,
+            kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
             isa=isa,
             quantize=quantize,

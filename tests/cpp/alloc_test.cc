@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <functional>
 #include <new>
+#include <tuple>
 #include <vector>
 
 #include "splitfuse/splitfuse.h"
@@ -121,11 +122,11 @@ SamplingParams every_parameter(uint64_t seed) {
   return params;
 }
 
-class AllocTest : public ::testing::TestWithParam<DType> {
+class AllocTest : public ::testing::TestWithParam<std::tuple<DType, KvDType>> {
  protected:
   EngineConfig config(int32_t blocks) const {
     EngineConfig config = tiny_engine();
-    config.dtype = GetParam();
+    std::tie(config.dtype, config.kv_dtype) = GetParam();
     config.threads = 2;
     config.kv_bytes = blocks * config.block_size * plan_memory(tiny_model(), config).kv_bytes_per_token;
     return config;
@@ -226,8 +227,13 @@ TEST_P(AllocTest, ByAPlanBeyondTheBudget) {
   EXPECT_EQ(out->prompt.size(), 3u * 99);
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, AllocTest, ::testing::Values(DType::kF32, DType::kBF16),
-                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+INSTANTIATE_TEST_SUITE_P(DTypes, AllocTest,
+                         ::testing::Combine(::testing::Values(DType::kF32, DType::kBF16),
+                                            ::testing::Values(KvDType::kAuto, KvDType::kInt8)),
+                         [](const auto& info) {
+                           return std::string(dtype_name(std::get<DType>(info.param))) + "_" +
+                                  kv_dtype_name(std::get<KvDType>(info.param));
+                         });
 
 }  // namespace
 }  // namespace splitfuse

@@ -404,6 +404,16 @@ TEST(Engine, AMissingOrMisshapenWeightIsNamed) {
   }
 }
 
+TEST(Engine, AnInt8CacheTakesAQuarterOfFloat32AndItsScales) {
+  EngineConfig config = tiny_engine(10);
+  config.kv_dtype = KvDType::kInt8;
+  EXPECT_EQ(plan_memory(tiny_model(), config).kv_bytes_per_token, 2 * 2 * (8 + 16 + 2 * 4));   // values padded to 16
+  Engine engine = make_tiny(config);
+  ASSERT_TRUE(engine.put(1, random_tokens(1, 40), greedy(4)));
+  while (engine.has_work()) engine.step();
+  EXPECT_EQ(engine.query(1).known, 44);
+}
+
 TEST(Engine, ThePlanIsWhatTheEngineTakes) {
   const EngineConfig config = tiny_engine(10);
   const MemoryPlan plan = plan_memory(tiny_model(), config);

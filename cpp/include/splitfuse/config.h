@@ -56,8 +56,9 @@ ModelConfig model_config_from_json(const std::string& text);
 /// How an engine is set up. Every byte it will ever use is decided from this, in the constructor.
 struct EngineConfig {
   std::string device = "cpu";
-  DType dtype = DType::kBF16;     // weights, activations and KV cache; accumulation is always float32
+  DType dtype = DType::kBF16;     // weights and activations; accumulation is always float32
   WeightFormat quantize = WeightFormat::kDense;   // how the matrices are held
+  KvDType kv_dtype = KvDType::kAuto;   // KV cache; kInt8 takes about half of bfloat16's bytes
   int32_t threads = 0;            // 0: the cores this process may use
   std::string isa = "auto";       // "auto" or a rung of the ladder: ref, avx2, avx512, avx512_vnni, avx512_bf16
   int32_t token_budget = 0;       // tokens of one forward; 0: measured at start

@@ -10,7 +10,7 @@ namespace splitfuse {
 using SeqId = int64_t;
 using Token = int32_t;
 
-/// A number format, of weights, activations or KV cache.
+/// A number format, of weights and activations.
 enum class DType : uint8_t { kF32, kBF16, kF16 };
 
 /// Bytes of one element.
@@ -29,6 +29,17 @@ enum class WeightFormat : uint8_t { kDense, kInt8, kInt4 };
 const char* weight_format_name(WeightFormat format);
 /// The inverse of weight_format_name. Throws ConfigError for any other name.
 WeightFormat weight_format_from_name(const std::string& name);
+
+/// The number format of a KV cache.
+enum class KvDType : uint8_t {
+  kAuto,   // that of the activations
+  kInt8,   // 8 bits, and a float32 scale for each position and KV head, of its key and of its value
+};
+
+/// "auto" or "int8".
+const char* kv_dtype_name(KvDType dtype);
+/// The inverse of kv_dtype_name. Throws ConfigError for any other name.
+KvDType kv_dtype_from_name(const std::string& name);
 
 /// The root of everything this library throws on purpose. The message says what was wrong, what was
 /// expected and what to do.

@@ -67,7 +67,7 @@ def open_bench(model: str, seed: int, options: dict[str, Any]) -> Iterator[Bench
     loaded = load(model)
     with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
         engine = Engine(loaded.config, loaded.weights, config, progress=progress)
-    costs = Costs.of(loaded.config, config.dtype, config.quantize)
+    costs = Costs.of(loaded.config, config.dtype, config.quantize, config.kv_dtype)
     try:
         yield Bench(
             loaded.name,

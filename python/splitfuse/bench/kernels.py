@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         for shape in _shapes(loaded.config)
         for rows in _ROWS
     ]
-    attention = [_attention(loaded.config, case, how, args.seconds) for case in _ATTENTION]
+    attention_how = {**how, "kv_dtype": args.kv_dtype}
+    attention = [_attention(loaded.config, case, attention_how, args.seconds) for case in _ATTENTION]
     roof = roof.or_better(measure_roof(**how, quantize=quantize))
     for row in linear:
         row["of_roof"] = _share(row, roof, quantize != "dense")
@@ -55,7 +56,13 @@ def run(args: argparse.Namespace) -> int:
         ),
     ]
     emit(
-        {"name": loaded.name, **how, "roof": roof_facts(roof), "linear": linear, "attention": attention},
+        {
+            "name": loaded.name,
+            **attention_how,
+            "roof": roof_facts(roof),
+            "linear": linear,
+            "attention": attention,
+        },
         args.json,
         tables,
     )

@@ -4,7 +4,8 @@ With d hidden size, h and g query and key-value heads of size s, f the MLP's wid
 
     linear      Nl = L (2 d h s + 2 d g s + 3 d f)            parameters of the layers' matrices
     head        Nh = d V                                      the embedding is a gather: nothing
-    KV          kvB = 2 L g s b                               bytes a token, at b bytes a number
+    KV          kvB = 2 L g s b                               bytes a token, at b bytes a number; in int8 2 L g (s + 4),
+                                                              with a scale for each head's key and value
     attention   aF = 4 L h s                                  operations a pair of query and key
 
 A forward over chunks of c tokens that begin at position s, of which `outputs` need logits, takes at least
@@ -28,6 +29,7 @@ from .. import _core
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _FORMAT_BYTES = {"int8": 1, "int4": 5 / 8}  # int4: 4 bits, and two halves for each 32 weights
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,19 @@ class Costs:
     integers: bool
 
     @staticmethod
-    def of(model: _core.ModelConfig, dtype: str, quantize: str = "dense") -> Costs:
-        """`dtype`: of activations, KV cache and, unless `quantize` says otherwise, weights."""
+    def of(model: _core.ModelConfig, dtype: str, quantize: str = "dense", kv_dtype: str = "auto") -> Costs:
+        """`dtype`: of activations and, unless `quantize` and `kv_dtype` say otherwise, weights and KV cache."""
         q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         layer = 2 * model.hidden_size * (q + kv) + 3 * model.hidden_size * model.intermediate_size
         size = _DTYPE_BYTES[dtype]
+        kv_bytes = kv * size if kv_dtype == "auto" else kv + model.num_kv_heads * _SCALE_BYTES
         integers = quantize in _FORMAT_BYTES
         return Costs(
             linear_params=model.num_layers * layer,
             head_params=model.hidden_size * model.vocab_size,
             bytes_per_param=_FORMAT_BYTES.get(quantize, size),
             bytes_per_head_param=_FORMAT_BYTES["int8"] if integers else size,
-            kv_bytes_per_token=2 * model.num_layers * kv * size,
+            kv_bytes_per_token=2 * model.num_layers * kv_bytes,
             attention_flops_per_pair=4 * model.num_layers * q,
             integers=integers,
         )

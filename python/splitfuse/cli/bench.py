@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import bench_serve
-from .options import add_engine, add_kernel, add_model, add_policy, engine_options
+from .options import add_engine, add_kernel, add_kv_dtype, add_model, add_policy, engine_options
 
 _EXAMPLES = """\
 examples:
@@ -166,6 +166,7 @@ def _add_kernels(what: Any) -> None:
     )
     add_model(parser)
     add_kernel(parser)
+    add_kv_dtype(parser)
     parser.add_argument(
         "--seconds", type=float, default=0.2, metavar="S", help="time for each measurement (default: 0.2)"
     )

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.model)
     config = engine_config(**engine_options(args))
     plan = _core.plan_memory(loaded.config, config)
-    costs = Costs.of(loaded.config, config.dtype, config.quantize)
+    costs = Costs.of(loaded.config, config.dtype, config.quantize, config.kv_dtype)
     isas = _core.cpu_isas()
     isa = config.isa if config.isa != "auto" else os.environ.get("SPLITFUSE_CPU_ISA") or isas[-1]
     threads = config.threads or _core.usable_cores()
@@ -56,7 +56,13 @@ def run(args: argparse.Namespace) -> int:
         "config": json.loads(loaded.config.to_json()),
         "parameters": _parameters(loaded.config),
         "memory": {name: getattr(plan, name) for name in _PLAN} | {"total": plan.total},
-        "machine": {"isas": isas, "isa": isa, "threads": threads, "dtype": config.dtype},
+        "machine": {
+            "isas": isas,
+            "isa": isa,
+            "threads": threads,
+            "dtype": config.dtype,
+            "kv_dtype": config.kv_dtype,
+        },
         "costs": {
             "weight_bytes_per_forward": costs.weight_bytes,
             "flops_per_token": 2 * (costs.linear_params + costs.head_params),
@@ -114,7 +120,8 @@ def _print(facts: dict[str, Any], plan: str) -> None:
     print(f"cost in {machine['dtype']}")
     print(f"  a forward reads   {costs['weight_bytes_per_forward'] / 2**20:.1f} MiB of weights")
     print(f"  a token takes     {costs['flops_per_token'] / 1e6:.1f} million operations, its context apart")
-    print(f"  a cached token    {costs['kv_bytes_per_token']:,} bytes")
+    kv = "" if machine["kv_dtype"] == "auto" else f" in {machine['kv_dtype']}"
+    print(f"  a cached token    {costs['kv_bytes_per_token']:,} bytes{kv}")
     if ceilings is None:
         print("ceilings            --measure measures the machine and shows them")
         return

@@ -47,6 +47,7 @@ def add_engine(parser: argparse.ArgumentParser, *, caches: bool = True) -> None:
         metavar="SIZE",
         help='KV cache, bytes or "512MiB" (auto: 1 GiB or one longest sequence)',
     )
+    add_kv_dtype(group)
     parser.set_defaults(prefix_caching=caches)
     if caches:
         group.add_argument(
@@ -87,6 +88,15 @@ def add_kernel(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_kv_dtype(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--kv-dtype",
+        default="auto",
+        choices=["auto", "int8"],
+        help="number format of the KV cache (auto: as --dtype)",
+    )
+
+
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `LLM` and `engine_config`."""
     names = (
@@ -99,6 +109,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "max_sequences",
         "max_model_len",
         "kv_memory",
+        "kv_dtype",
     )
     return {name: getattr(args, name) for name in (*names, "prefix_caching")}
 
