@@ -16,6 +16,8 @@ import openai
 import pytest
 
 from serving import PATIENCE, serving, wait_until
+from splitfuse.server.serve import _listen
+from splitfuse.server.settings import Settings
 
 pytestmark = pytest.mark.machine_independent
 
@@ -111,6 +113,15 @@ def test_wrong_options_are_one_line(tiny_llama, arguments, message):
     assert code == 2
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def test_what_is_accepted_is_kept_alive_by_probes():
+    with _listen(Settings("demo", port=0)) as listener:
+        listener.setblocking(True)
+        listener.listen()
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
 
 
 def test_until_the_model_is_loaded_it_says_so(tiny_llama, monkeypatch):

@@ -1,6 +1,8 @@
-"""uvicorn's HTTP protocol, with bounds on what a client may send before its request is complete.
+"""uvicorn's HTTP protocol, with bounds on what a client may send before its request is complete, and on how long
+it may leave what it is sent.
 
-uvicorn keeps every header it is sent, and waits for ever for the rest of a request's head.
+uvicorn keeps every header it is sent, and waits for ever: for the rest of a request's head, and for a client to
+take its answer.
 """
 
 from __future__ import annotations
@@ -10,24 +12,29 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from .settings import Limits
+from .settings import Limits, Settings
 
 _TOO_MANY = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
-def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
+def bounded_protocol(limits: Limits, stall_timeout: float) -> type[asyncio.Protocol]:
     """The protocol class, for uvicorn's `http`."""
 
     class BoundedProtocol(HttpToolsProtocol):
         _deadline: asyncio.TimerHandle | None = None
         _head = 0  # bytes of the present request's line and headers
+        _stall: asyncio.TimerHandle | None = None
+        _unsent = 0  # bytes that waited for the reader when _stall was set
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            # So that pause_writing tells of every reader who leaves something lying, and not of large amounts alone.
+            transport.set_write_buffer_limits(high=0)
             self._deadline = self.loop.call_later(limits.head_seconds, self._out_of_time)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
+            self._disarm_stall()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -65,6 +72,30 @@ def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
             if self.cycle is not None:
                 super().on_message_complete()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._arm_stall()
+
+        def resume_writing(self) -> None:
+            self._disarm_stall()
+            super().resume_writing()
+
+        def _arm_stall(self) -> None:
+            self._unsent = self.transport.get_write_buffer_size()
+            self._stall = self.loop.call_later(stall_timeout, self._look_at_reader)
+
+        def _look_at_reader(self) -> None:
+            """Whether the answer is still being made or not: who takes nothing is cut off; who is slow is not."""
+            if self.transport.get_write_buffer_size() < self._unsent:
+                self._arm_stall()
+            else:
+                self.transport.abort()
+
+        def _disarm_stall(self) -> None:
+            if self._stall is not None:
+                self._stall.cancel()
+                self._stall = None
+
         def _refuse(self) -> None:
             if not self.transport.is_closing():
                 self.transport.write(_TOO_MANY)
@@ -82,5 +113,7 @@ def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
     return BoundedProtocol
 
 
-def uvicorn_options(limits: Limits) -> dict[str, Any]:
-    return {"http": bounded_protocol(limits), "timeout_keep_alive": limits.idle_seconds, "ws": "none"}
+def uvicorn_options(settings: Settings) -> dict[str, Any]:
+    limits = settings.limits
+    protocol = bounded_protocol(limits, settings.stall_timeout)
+    return {"http": protocol, "timeout_keep_alive": limits.idle_seconds, "ws": "none"}

@@ -18,6 +18,7 @@ from .settings import Settings
 
 _log = logging.getLogger("splitfuse")
 _BACKLOG = 2048
+_KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
 _LAST_WORDS = 5  # seconds for answers to be written after the requests have ended
 _LOOK = 0.05  # seconds between looks at a drain
 
@@ -34,7 +35,7 @@ def serve(settings: Settings, *, access_log: bool = False) -> None:
         access_log=access_log,
         server_header=False,
         timeout_graceful_shutdown=_LAST_WORDS,
-        **uvicorn_options(settings.limits),
+        **uvicorn_options(settings),
     )
     host, port = listener.getsockname()[:2]
     _say(f"splitfuse: http://{f'[{host}]' if ':' in host else host}:{port} (loading {settings.model})")
@@ -51,7 +52,12 @@ def _listen(settings: Settings) -> socket.socket:
         family, kind, number, _, address = found[0]
         listener = socket.socket(family, kind, number)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by what is accepted
+        # What follows is inherited by what is accepted. A client that vanished without a word is noticed,
+        # 2 minutes later.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE.items():
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)
         listener.bind(address)
         listener.setblocking(False)
     except OSError as error:
