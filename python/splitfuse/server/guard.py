@@ -105,6 +105,9 @@ class Guard:
             raise ApiError(408, f"the body did not come within {limits.body_seconds:g} s") from None
         if body is None:
             return None
+        # As vLLM does it. A page may send text/plain, or no type at all, to another origin without asking first.
+        if body and not _is_json(_header(headers, b"content-type")):
+            raise ApiError(400, "the body's Content-Type must be application/json", param="Content-Type")
         if body.count(b",") > limits.json_values:
             raise ApiError(400, f"the body has more than {limits.json_values} values")
         if len(body) > _LARGE:
@@ -152,6 +155,11 @@ def _digest(key: bytes) -> bytes:
 def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     """The first of that name, or b""."""
     return next((value for key, value in headers if key == name), b"")
+
+
+def _is_json(content_type: bytes) -> bool:
+    kind = content_type.partition(b";")[0].strip().lower()
+    return kind == b"application/json" or (kind.startswith(b"application/") and kind.endswith(b"+json"))
 
 
 def _is_local(host: str) -> bool:
