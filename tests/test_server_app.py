@@ -95,6 +95,13 @@ def test_nor_by_a_name_that_it_lets_point_here(server):
         assert httpx.get(server.url + "/load", headers={"Host": name}).status_code == 200
 
 
+@pytest.mark.parametrize("line", ["Host: [", "Host: [::1", "Host: localhost\r\nOrigin: http://["])
+def test_names_that_are_none(server, line, caplog):
+    request = f"GET /load HTTP/1.1\r\n{line}\r\nConnection: close\r\n\r\n"
+    assert talk(server, request.encode()).startswith(b"HTTP/1.1 403 ")
+    assert not caplog.records
+
+
 def test_with_a_key_any_name_will_do(guarded):
     headers = {"Host": "llm.example", "Authorization": f"Bearer {KEYS[0]}"}
     assert httpx.get(guarded.url + "/load", headers=headers).status_code == 200

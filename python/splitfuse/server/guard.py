@@ -81,7 +81,7 @@ class Guard:
         origin = _header(headers, b"origin").decode("latin-1")
         if not origin or origin in self._origins or "*" in self._origins:
             return
-        if urlsplit(origin).netloc != host:
+        if _netloc(origin) != host:
             raise ApiError(403, f"requests from pages of {origin[:100]!r} are not allowed: see --cors-origin")
 
     def _authorized(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> bool:
@@ -157,13 +157,23 @@ def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     return next((value for key, value in headers if key == name), b"")
 
 
+def _netloc(url: str) -> str | None:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
+
+
 def _is_json(content_type: bytes) -> bool:
     kind = content_type.partition(b";")[0].strip().lower()
     return kind == b"application/json" or (kind.startswith(b"application/") and kind.endswith(b"+json"))
 
 
 def _is_local(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # "[", for one
+        return False
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
