@@ -328,8 +328,8 @@ def test_nobody_there():
         )
 
 
-def bench(*arguments, **options):
-    command = [sys.executable, "-m", "splitfuse", "bench", "serve", *map(str, arguments)]
+def bench(*arguments, what="serve", **options):
+    command = [sys.executable, "-m", "splitfuse", "bench", what, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
 
 
@@ -375,6 +375,20 @@ def test_the_command_against_servers(server, tiny_llama):
     assert [row["replicas"] for row in facts["scaling"]] == [1, 2]
     assert [c["completed"] for c in facts["cells"]] == [6, 6]
     assert all(0 < c["steps"]["busy"] <= 1 for c in facts["cells"])
+
+
+def test_what_http_costs(tiny_llama):
+    arguments = ["--requests", 4, "--input", 20, "--output", 8, "--repeat", 2, "--streams", 6]
+    engine = ["--stream-input", 3, "--stream-output", 5, "--threads", 1, "--kv-memory", "16MiB"]
+    out = bench(tiny_llama(), *arguments, *engine, "--json", what="overhead")
+    assert out.returncode == 0, out.stderr
+    facts = json.loads(out.stdout)
+    assert [r["ratio"] for r in facts["rounds"]] == pytest.approx(
+        [r["http_tokens_per_s"] / r["in_process_tokens_per_s"] for r in facts["rounds"]]
+    )
+    assert len(facts["rounds"]) == 2
+    assert 0 < facts["throughput_ratio"] < 2
+    assert 0 < facts["busy"] < 1
 
 
 def test_replicas_have_the_options_of_the_engine():
