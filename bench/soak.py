@@ -72,16 +72,17 @@ class Soak:
     async def leaving(self) -> None:
         while not self.over:
             path, body = self.body()
-            await self._raw(path, json.dumps({**body, "max_tokens": 200}).encode(), self._rng.random() * 0.2)
-            self.counts["left"] += 1
+            body |= {"max_tokens": 200, "stream": True}
+            heard = await self._raw(path, json.dumps(body).encode(), self._rng.random() * 0.2)
+            self.counts["left in the middle" if heard.startswith(b"HTTP/1.1 200 ") else "left"] += 1
 
     async def lying(self) -> None:
         while not self.over:
             path, body = self.body()
             data = bytearray(json.dumps(body).encode())
             data[self._rng.randrange(len(data))] = self._rng.randrange(256)
-            await self._raw(path, bytes(data), 0.1)
-            self.counts["lied"] += 1
+            heard = await self._raw(path, bytes(data), 0.1)
+            self.counts["lied and were refused" if heard.startswith(b"HTTP/1.1 4") else "lied"] += 1
 
     async def silent(self) -> None:
         while not self.over:
@@ -90,16 +91,19 @@ class Soak:
             writer.transport.abort()
             self.counts["silent"] += 1
 
-    async def _raw(self, path: str, body: bytes, patience: float) -> None:
+    async def _raw(self, path: str, body: bytes, patience: float) -> bytes:
+        """Sends a request and hangs up; what had come by then."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        heard = b""
         try:
-            writer.write(head.encode() + body)
-            await asyncio.wait_for(reader.read(1 << 20), patience + 0.01)
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            heard = await asyncio.wait_for(reader.read(1 << 20), patience + 0.01)
             await asyncio.sleep(patience)
         except (asyncio.TimeoutError, ConnectionError):
             pass
         writer.transport.abort()
+        return heard
 
 
 async def run(url: str, process: psutil.Process, seconds: float, seed: int) -> int:
@@ -122,12 +126,15 @@ async def run(url: str, process: psutil.Process, seconds: float, seed: int) -> i
     grown = process.memory_info().rss / settled
     for line in soak.bad[:10]:
         print("not answered:", line)
+    idle = [kind for kind in ("left in the middle", "lied and were refused") if not soak.counts[kind]]
+    for kind in idle:
+        print(f"no client {kind}: this was no test of the server")
     print(
         f"{sum(soak.counts.values())} requests, {len(soak.bad)} well-formed ones not answered; "
         f"{facts['kv_blocks_used']} blocks held; memory {100 * (grown - 1):+.1f} % since the first minute; "
         f"{'healthy' if healthy else 'NOT healthy'}"
     )
-    return int(bool(soak.bad) or facts["kv_blocks_used"] > 0 or not healthy or grown > GROWTH)
+    return int(bool(soak.bad or idle) or facts["kv_blocks_used"] > 0 or not healthy or grown > GROWTH)
 
 
 async def watch(soak: Soak, session: aiohttp.ClientSession, process: psutil.Process, seconds: float) -> float:

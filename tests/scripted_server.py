@@ -126,8 +126,8 @@ class Scripted(Runtime):
             engine,
             FakeTokenizer(),
             max_queued=self.settings.limits.queued,
-            on_step=self._on_step,
-            on_failure=self._on_failure,
+            on_step=lambda output: self._on_step(scheduler, output),
+            on_failure=lambda error: self._on_failure(scheduler, error),
         )
         return Served(SimpleNamespace(name="fake", tokenizer=FakeTokenizer()), engine, scheduler)
 

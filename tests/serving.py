@@ -46,9 +46,13 @@ class Watch:
 class Running:
     """A server and what a test needs of it."""
 
-    def __init__(self, runtime: Runtime, port: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, runtime: Runtime, port: int, loop: asyncio.AbstractEventLoop, connections: set[Any]
+    ) -> None:
         self.runtime = runtime
         self.port = port
+        self.connections = connections
+        """Those that the server holds."""
         self.url = f"http://127.0.0.1:{port}"
         self.model = runtime.names[0]
         self._loop = loop
@@ -103,16 +107,17 @@ def wait_until(condition: Any) -> None:
 
 
 @contextlib.contextmanager
-def serving(model: str | os.PathLike[str], **settings: Any) -> Iterator[Running]:
-    """`settings`: fields of Settings; `engine` adds to the options of a tiny engine."""
+def serving(model: str | os.PathLike[str], *, send_buffer: int = 0, **settings: Any) -> Iterator[Running]:
+    """`settings`: fields of Settings; `engine` adds to the options of a tiny engine. `send_buffer`: bytes that the
+    system keeps for a client who does not read; 0: as many as it likes."""
     engine = {**TINY_ENGINE, **settings.pop("engine", {})}
     chosen = replace(Settings(os.fspath(model), engine=engine), **settings)
     app = create_app(chosen)
     runtime: Runtime = app.state.runtime
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    config = uvicorn.Config(
-        app, log_level="critical", timeout_graceful_shutdown=1, **uvicorn_options(chosen.limits)
-    )
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # inherited by what is accepted
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, **uvicorn_options(chosen))
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="serving")
     thread.start()
@@ -120,7 +125,7 @@ def serving(model: str | os.PathLike[str], **settings: Any) -> Iterator[Running]
         wait_until(lambda: runtime.ready or runtime.failure is not None)
         assert runtime.failure is None, runtime.failure
         assert runtime._loop is not None
-        yield Running(runtime, listener.getsockname()[1], runtime._loop)
+        yield Running(runtime, listener.getsockname()[1], runtime._loop, server.server_state.connections)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)

@@ -11,15 +11,17 @@ import pytest
 
 from engines import engine_config
 from serving import serving
-from splitfuse import Engine, InvalidArgument, StepPlan
+from splitfuse import Engine, InvalidArgument, StepPlan, cli
 from splitfuse.bench.serving.drive import Clock, Drive, Load
 from splitfuse.bench.serving.http_load import HttpOptions, closed_loop, poisson
 from splitfuse.bench.serving.policies import Grid, Workload, compare
+from splitfuse.bench.serving.replicas import engine_arguments
 from splitfuse.bench.serving.report import summarize
 from splitfuse.bench.serving.simulated import SimulatedClock, simulate_on
 from splitfuse.bench.serving.simulator import A100_70B, CurveCost, SimulatedEngine, VirtualClock
 from splitfuse.bench.serving.sla import Sla, moving_average, published, scaled
 from splitfuse.bench.serving.workload import Ask, Record, make_asks
+from splitfuse.cli.options import engine_options
 from splitfuse.loader import load
 from splitfuse.policies import POLICIES, make_scheduler, step_tokens
 from splitfuse.request import SamplingParams
@@ -326,8 +328,8 @@ def test_nobody_there():
         )
 
 
-def bench(*arguments, **options):
-    command = [sys.executable, "-m", "splitfuse", "bench", "serve", *map(str, arguments)]
+def bench(*arguments, what="serve", **options):
+    command = [sys.executable, "-m", "splitfuse", "bench", what, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
 
 
@@ -375,12 +377,38 @@ def test_the_command_against_servers(server, tiny_llama):
     assert all(0 < c["steps"]["busy"] <= 1 for c in facts["cells"])
 
 
+def test_what_http_costs(tiny_llama):
+    arguments = ["--requests", 4, "--input", 20, "--output", 8, "--repeat", 2, "--streams", 6]
+    engine = ["--stream-input", 3, "--stream-output", 5, "--threads", 1, "--kv-memory", "16MiB"]
+    out = bench(tiny_llama(), *arguments, *engine, "--json", what="overhead")
+    assert out.returncode == 0, out.stderr
+    facts = json.loads(out.stdout)
+    assert [r["ratio"] for r in facts["rounds"]] == pytest.approx(
+        [r["http_tokens_per_s"] / r["in_process_tokens_per_s"] for r in facts["rounds"]]
+    )
+    assert len(facts["rounds"]) == 2
+    assert 0 < facts["throughput_ratio"] < 2
+    assert 0 < facts["busy"] < 1
+
+
+def test_replicas_have_the_options_of_the_engine():
+    options = ("--kv-memory", "7MiB", "--max-sequences", "5", "--max-model-len", "99", "--isa", "avx2")
+    parsed = cli.build_parser().parse_args(
+        ["bench", "serve", "demo", "--replicas", "1", "--device", "cpu", "--threads", "1", *options]
+    )
+    started = cli.build_parser().parse_args(["serve", "demo", *engine_arguments(engine_options(parsed))])
+    assert engine_options(started) == engine_options(parsed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "name a MODEL, or servers with --url"),
         (("demo", "--url", "http://x"), "not both"),
         (("--url", "http://x", "--replicas", "2"), "leave --url out"),
+        (("--url", "http://x", "--repeat", "2"), "--repeat is for policies of one engine"),
+        (("demo", "--replicas", "2", "--simulate"), "--simulate is for policies of one engine"),
+        (("demo", "--replicas", "2", "--policies", "orca"), "--policies is for policies of one engine"),
         (("demo", "--rate", "0"), "--rate must be above 0"),
         (("demo", "--rate", "nan"), "--rate must be above 0"),
         (("--url", "127.0.0.1:8000"), "begins with http://"),

@@ -631,6 +631,21 @@ def test_close_is_for_good():
             scheduler.submit([1], greedy())
 
 
+def test_stop_waits_no_longer_than_it_is_told():
+    hang = threading.Event()
+    engine = FakeEngine(fail=lambda step: hang.wait(20) and None)
+    scheduler = Scheduler(engine)
+    scheduler.start()
+    request = scheduler.submit([1], greedy())
+    while not engine.steps:
+        time.sleep(0.001)
+    with pytest.raises(TimeoutError, match=r"a step of the engine has not ended within 0\.05 s"):
+        scheduler.close(0.05)
+    hang.set()
+    scheduler.close()
+    assert request.result(5).finish_reason == "abort"
+
+
 def test_stop_from_a_callback():
     scheduler = Scheduler(FakeEngine())
     scheduler.start()

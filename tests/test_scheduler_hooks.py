@@ -7,7 +7,7 @@ import pytest
 
 from engines import engine_config, random_tokens
 from fake_engine import FakeEngine, answer
-from splitfuse import Engine, QueueFull, SamplingParams, Scheduler
+from splitfuse import Engine, QueueFull, SamplingParams, Scheduler, StateError
 from splitfuse.loader import load
 
 pytestmark = pytest.mark.machine_independent
@@ -61,6 +61,42 @@ def test_on_failure_comes_when_those_it_hit_have_ended():
     assert seen[3:] == [False, False]
     assert requests[0].error is error
     assert requests[1].result(0).token_ids == answer([2], 2)
+
+
+def test_on_failure_tells_of_what_failed_outside_the_engine():
+    seen = []
+
+    def fall(output):
+        raise ZeroDivisionError("in a hook")
+
+    scheduler = Scheduler(FakeEngine(), on_step=fall, on_failure=seen.append)
+    scheduler.start()
+    request = scheduler.submit([1], greedy())
+    with pytest.raises(ZeroDivisionError):
+        request.result(5)
+    scheduler.stop()
+    assert [type(error) for error in seen] == [ZeroDivisionError]
+
+
+def test_an_engine_that_is_abandoned_is_not_stepped_again():
+    error = RuntimeError("the device fell over")
+    engine = FakeEngine(max_sequences=1, fail=lambda step: error)
+    seen = []
+
+    def give_up(failure):
+        seen.append(failure)
+        scheduler.abandon(failure)
+
+    scheduler = Scheduler(engine, on_failure=give_up)
+    requests = [scheduler.submit([n], greedy()) for n in (1, 2, 3)]
+    scheduler.start()
+    for request in requests:
+        with pytest.raises(RuntimeError, match="fell over"):
+            request.result(5)
+    assert (engine.steps, seen) == (1, [error])
+    with pytest.raises(StateError, match="closed"):
+        scheduler.submit([1], greedy())
+    scheduler.close()
 
 
 # ---------------------------------------------------------------- times

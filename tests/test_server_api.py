@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,31 @@ def test_a_reader_that_takes_nothing_is_cut_off(model: Path, prompt: Any) -> Non
         assert b"[DONE]" not in received
         assert not received.endswith(b"0\r\n\r\n")
         assert set(watch.reasons) == {"abort"}
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_a_reader_that_stalls_when_all_was_made_is_cut_off(model: Path, stream: bool) -> None:
+    """No request is open any more, so nothing but its connection knows of it."""
+    with serving(model, stall_timeout=0.3, send_buffer=4096) as server, server.watched() as watch:
+        body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "logprobs": 20, "stream": stream}
+        with _raw(server, COMPLETIONS, body, receive_buffer=2048):
+            wait_until(lambda: watch.reasons)
+            assert watch.reasons == ["length"]
+            assert server.connections
+            wait_until(lambda: not server.connections)
+
+
+def test_a_slow_reader_is_not_cut_off(model: Path) -> None:
+    with serving(model, stall_timeout=0.4, send_buffer=4096) as server:
+        body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "logprobs": 20}
+        with _raw(server, COMPLETIONS, body, receive_buffer=2048) as connection:
+            received = connection.recv(1)
+            for _ in range(12):  # it takes longer than three stalls
+                time.sleep(0.1)
+                received += connection.recv(4096)
+            while part := connection.recv(1 << 16):
+                received += part
+        assert json.loads(received.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 60
 
 
 # ---------------------------------------------------------------- batches of prompts

@@ -95,6 +95,13 @@ def test_nor_by_a_name_that_it_lets_point_here(server):
         assert httpx.get(server.url + "/load", headers={"Host": name}).status_code == 200
 
 
+@pytest.mark.parametrize("line", ["Host: [", "Host: [::1", "Host: localhost\r\nOrigin: http://["])
+def test_names_that_are_none(server, line, caplog):
+    request = f"GET /load HTTP/1.1\r\n{line}\r\nConnection: close\r\n\r\n"
+    assert talk(server, request.encode()).startswith(b"HTTP/1.1 403 ")
+    assert not caplog.records
+
+
 def test_with_a_key_any_name_will_do(guarded):
     headers = {"Host": "llm.example", "Authorization": f"Bearer {KEYS[0]}"}
     assert httpx.get(guarded.url + "/load", headers=headers).status_code == 200
@@ -155,7 +162,8 @@ def test_a_head_or_body_that_does_not_come(server):
     "text", ["[" * 65 + "]" * 65, '{"a":' * 65 + "1" + "}" * 65, "[" * 4000, '[{"a":' * 33 + "[]" + "}]" * 33]
 )
 def test_a_body_too_deep(server, text):
-    answer = httpx.post(server.url + "/v1/completions", content=text.encode())
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(server.url + "/v1/completions", content=text.encode(), headers=headers)
     assert answer.status_code == 400
     assert "nested" in answer.json()["error"]["message"]
 
@@ -191,6 +199,24 @@ def test_what_is_no_request_is_refused_in_the_envelope(server, content):
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["type"]) == (400, 400, "BadRequestError")
     assert error["message"]
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "", "json"])
+def test_a_body_that_is_not_called_json_is_refused_by_name(server, kind):
+    headers = {} if kind is None else {"Content-Type": kind}
+    answer = httpx.post(server.url + "/v1/completions", content=b'{"prompt": "a"}', headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "Content-Type")
+    assert "must be application/json" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"]
+)
+def test_json_by_its_other_names(server, kind):
+    content = b'{"prompt": [1], "max_tokens": 1}'
+    answer = httpx.post(server.url + "/v1/completions", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 200
 
 
 def test_many_mistakes_are_not_all_told(server):

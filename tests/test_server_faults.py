@@ -5,10 +5,13 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
+from subprocess import PIPE
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -27,15 +30,17 @@ pytestmark = pytest.mark.machine_independent
 
 KILLED = 200
 QUEUED = 2000
+STALL = 1  # seconds
 
-# A client as an operating system sees it: it asks, hears the first bytes, says so, and is killed.
+# A client as an operating system sees it: it asks, hears its first token, says what it heard, and is killed.
 CLIENT = """
 import socket, sys
 c = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
-b = b'{"prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": true, "stream": true}'
-c.sendall(b"POST /v1/completions HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(b) + b)
-c.recv(64)
-print("heard", flush=True)
+c.sendall(sys.stdin.buffer.read())
+heard = b""
+while b"data: {" not in heard and (more := c.recv(4096)):
+    heard += more
+print(heard.split(b"\\r\\n")[0].decode(), b"data: {" in heard, flush=True)
 c.recv(1 << 30, socket.MSG_WAITALL)
 """
 
@@ -54,7 +59,7 @@ def server(tiny_llama):
         "--kv-memory",
         "1MiB",
     )
-    with process(tiny_llama(), *arguments, "--max-model-len", 512, "--stall-timeout", 1) as served:
+    with process(tiny_llama(), *arguments, "--max-model-len", 512, "--stall-timeout", STALL) as served:
         served.wait_ready()
         served.port = urlsplit(served.url).port
         served.resident = psutil.Process(served.process.pid)
@@ -99,43 +104,65 @@ def flood(server, count, **body):
     return asyncio.run(all_of_them())
 
 
+def aborted(server):
+    """Answers that were broken off, of which the server knows."""
+    told = httpx.get(server.url + "/metrics", timeout=PATIENCE).text
+    return float(re.search(r'^vllm:request_success_total\{.*"abort".*\} (\S+)$', told, re.MULTILINE)[1])
+
+
 def test_clients_killed_in_the_middle_of_their_streams(server):
+    body = {"prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    command = [sys.executable, "-S", "-c", CLIENT, str(server.port)]
+    before = aborted(server)
     for _ in range(KILLED // 20):
-        clients = [
-            subprocess.Popen([sys.executable, "-S", "-c", CLIENT, str(server.port)], stdout=subprocess.PIPE)
-            for _ in range(20)
-        ]
+        clients = [subprocess.Popen(command, stdin=PIPE, stdout=PIPE) for _ in range(20)]
         for client in clients:
-            assert client.stdout.readline() == b"heard\n"
+            client.stdin.write(request(json.dumps(body).encode()))
+            client.stdin.close()
+        for client in clients:
+            assert client.stdout.readline() == b"HTTP/1.1 200 OK True\n"
+            if client is clients[0]:
+                assert load(server)["server_load"] > 0
             client.send_signal(signal.SIGKILL)
         for client in clients:
             client.wait()
             client.stdout.close()
     assert is_well(server)
+    assert aborted(server) - before > KILLED / 2  # the others were fast, or heard when all was made
 
 
-def send(server, body, **options):
-    """A socket on which a request has been sent."""
+def request(body, path="/v1/completions"):
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def send(server, body, buffer=65536, segment=None):
+    """A socket on which a request has been sent. Of a connection of small segments the other side's system keeps
+    little that has not been read: kilobytes, not megabytes."""
     connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options.pop("buffer", 65536))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    if segment is not None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
     connection.settimeout(PATIENCE)
     connection.connect(("127.0.0.1", server.port))
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
+    connection.sendall(request(body))
     return connection
 
 
 def test_readers_that_do_not_read(server):
     """They are cut off; who reads is served meanwhile."""
     long = {"prompt": [1], "max_tokens": 400, "n": 6, "logprobs": 20, "ignore_eos": True, "stream": True}
-    stalled = [send(server, json.dumps(long).encode(), buffer=2048) for _ in range(4)]
+    stalled = [send(server, json.dumps(long).encode(), 2048, segment=600) for _ in range(4)]
+    wait_until(lambda: load(server)["server_load"] == 4)
     assert flood(server, 20) == [200] * 20
     wait_until(lambda: load(server)["server_load"] == 0)
+    time.sleep(2 * STALL + 0.5)  # all may have been made in less than it takes to be called stalled
     for connection in stalled:
         with contextlib.suppress(ConnectionError), connection:
             got = b""
             while more := connection.recv(1 << 20):
                 got += more
+            assert got.startswith(b"HTTP/1.1 200 ")
             assert not got.endswith(b"0\r\n\r\n")  # no clean end
     assert is_well(server)
 
@@ -153,12 +180,18 @@ def test_connections_that_say_nothing_or_half_a_request(server):
 def test_bytes_that_are_no_requests(server):
     rng = random.Random(4)
     good = b'{"prompt": [1, 2, 3], "max_tokens": 2}'
+    headers = {"Content-Type": "application/json"}
+    seen = set()
     for _ in range(300):
         body = bytearray(good)
         for _ in range(rng.randint(1, 4)):
             body[rng.randrange(len(body))] = rng.randrange(256)
-        answer = httpx.post(server.url + "/v1/completions", content=bytes(body), timeout=PATIENCE)
+        answer = httpx.post(
+            server.url + "/v1/completions", content=bytes(body), headers=headers, timeout=PATIENCE
+        )
         assert answer.status_code in (200, 400, 404), body
+        seen.add(answer.status_code)
+    assert {200, 400} <= seen
     for garbage in (b"\x16\x03\x01" + bytes(200), b"GET\r\n\r\n", b"\r\n" * 500, rng.randbytes(4000)):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(garbage)
@@ -174,12 +207,18 @@ def test_more_than_the_kv_cache_holds(server):
 def test_two_thousand_at_once_and_a_storm_of_cancels(server):
     assert flood(server, QUEUED) == [200] * QUEUED
     before = server.resident.memory_info().rss
-    body = json.dumps({"prompt": [1, 2], "max_tokens": 300, "stream": True, "n": 2}).encode()
+    broken_off = aborted(server)
+    body = json.dumps(
+        {"prompt": [1, 2], "max_tokens": 300, "ignore_eos": True, "stream": True, "n": 2}
+    ).encode()
     for _ in range(5):
-        for connection in [send(server, body) for _ in range(100)]:
+        connections = [send(server, body) for _ in range(100)]
+        wait_until(lambda: load(server)["server_load"] > 0)
+        for connection in connections:
             connection.close()
     assert flood(server, QUEUED) == [200] * QUEUED
     assert is_well(server)
+    assert aborted(server) > broken_off
     assert server.resident.memory_info().rss < before + (16 << 20)
 
 

@@ -16,15 +16,19 @@ import openai
 import pytest
 
 from serving import PATIENCE, serving, wait_until
+from splitfuse import StepPlan
+from splitfuse.server.serve import _listen
+from splitfuse.server.settings import Settings
 
 pytestmark = pytest.mark.machine_independent
 
 
 class Process:
-    """`splitfuse serve` as an operator runs it."""
+    """`splitfuse serve` as an operator runs it, after `first`, which is Python."""
 
-    def __init__(self, *arguments):
-        command = [sys.executable, "-m", "splitfuse", "serve", *map(str, arguments)]
+    def __init__(self, *arguments, first=""):
+        code = f"{first}\nimport sys\nfrom splitfuse.cli import main\nsys.exit(main())"
+        command = [sys.executable, "-c", code, "serve", *map(str, arguments)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.lines = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -51,8 +55,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(*arguments):
-    served = Process(*arguments)
+def process(*arguments, **options):
+    served = Process(*arguments, **options)
     try:
         yield served
     finally:
@@ -61,6 +65,13 @@ def process(*arguments):
 
 
 SMALL = ("--port", 0, "--threads", 1, "--dtype", "float32", "--kv-memory", "16MiB", "--token-budget", 64)
+
+
+_BODY = b'{"prompt": [1], "max_tokens": 9, "stream": true}'
+ASKED = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
+)
 
 
 def stream(url, tokens):
@@ -111,6 +122,15 @@ def test_wrong_options_are_one_line(tiny_llama, arguments, message):
     assert code == 2
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def test_what_is_accepted_is_kept_alive_by_probes():
+    with _listen(Settings("demo", port=0)) as listener:
+        listener.setblocking(True)
+        listener.listen()
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
 
 
 def test_until_the_model_is_loaded_it_says_so(tiny_llama, monkeypatch):
@@ -184,11 +204,43 @@ def test_what_does_not_finish_in_time_is_cut(tiny_llama, signals):
     assert time.monotonic() - began < 30
 
 
+HANGING_STEP = "import time, splitfuse\nsplitfuse.Engine.step = lambda *_: time.sleep(1000)"
+HANGING_LOAD = "import time\nfrom splitfuse import loader\nloader.load = lambda *_: time.sleep(1000)"
+FAILING_STEP = """
+import splitfuse
+def step(*_):
+    raise RuntimeError("the kernel is on fire")
+splitfuse.Engine.step = step
+"""
+
+
+def test_a_step_that_hangs_does_not_keep_it_from_ending(tiny_llama):
+    with process(tiny_llama(), *SMALL, "--drain-timeout", 0.1, first=HANGING_STEP) as served:
+        served.wait_ready()
+        with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as client:
+            client.sendall(ASKED)
+            wait_until(lambda: httpx.get(served.url + "/load").json()["server_load"] == 1)
+            served.process.send_signal(signal.SIGTERM)
+            code, said = served.end()
+    assert code == 1
+    assert "splitfuse: error: a step of the engine has not ended within 5 s: ending without it" in said
+
+
+def test_loading_does_not_keep_it_from_ending(tiny_llama):
+    with process(tiny_llama(), *SMALL, first=HANGING_LOAD) as served:
+        wait_until(lambda: httpx.get(served.url + "/health").status_code == 503)
+        served.process.send_signal(signal.SIGTERM)
+        code, said = served.end()
+    assert code == 1
+    assert "splitfuse: error: the model is still being loaded: ending without it" in said
+
+
 # ---------------------------------------------------------------- failures
 
 
-def break_engine(server, *, hang=None):
-    """Replaces the engine under the scheduler by one whose step raises, or waits for the event `hang`."""
+def break_engine(server, *, hang=None, steps=None):
+    """Replaces the engine under the scheduler by one whose step raises, or waits for the event `hang`, or with
+    `steps`, a list that notes them, both."""
     real = server.scheduler.engine
 
     class Failing:
@@ -196,10 +248,12 @@ def break_engine(server, *, hang=None):
             return getattr(real, name)
 
         def step(self, plan=None):
-            if hang is None:
-                raise RuntimeError("the kernel is on fire")
-            hang.wait(PATIENCE)
-            return real.step(plan)
+            if hang is not None:
+                hang.wait(PATIENCE)
+                if steps is None:
+                    return real.step(plan)
+                steps.append(plan)
+            raise RuntimeError("the kernel is on fire")
 
     server.scheduler.engine = Failing()
 
@@ -217,6 +271,110 @@ def test_a_failed_engine_ends_its_requests_and_says_so(tiny_llama):
             client.completions.create(model=server.model, prompt="a")
         assert caught.value.status_code == 503
         assert server.runtime.open_requests == 0
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_when_it_has_failed_for_good_it_ends(tiny_llama, restarts):
+    """Open requests are answered first; the code makes a supervisor start it anew."""
+    with process(tiny_llama(), *SMALL, "--restart", restarts, first=FAILING_STEP) as served:
+        served.wait_ready()
+        for left in range(restarts, -1, -1):
+            answer = httpx.post(served.url + "/v1/completions", json={"prompt": "a"}, timeout=PATIENCE)
+            assert answer.status_code == 500
+            if left:
+                wait_until(lambda: httpx.get(served.url + "/ready").status_code == 200)
+        code, said = served.end()
+    assert code == 1
+    assert "splitfuse: error: the engine has failed: the kernel is on fire" in said.splitlines()
+
+
+def test_it_stays_up_if_told_to(tiny_llama):
+    with process(tiny_llama(), *SMALL, "--stay-up", first=FAILING_STEP) as served:
+        served.wait_ready()
+        assert httpx.post(served.url + "/v1/completions", json={"prompt": "a"}).status_code == 500
+        time.sleep(0.5)
+        assert httpx.get(served.url + "/health").status_code == 503
+        served.process.send_signal(signal.SIGTERM)
+        assert served.end()[0] == 1
+
+
+def test_one_failure_is_one_restart(tiny_llama, monkeypatch):
+    """Those that waited are not run by the engine that has failed."""
+    from splitfuse.server.runtime import Runtime
+
+    loads, load = [], Runtime._load
+
+    def counted_load(self):
+        loads.append(served := load(self))
+        return served
+
+    monkeypatch.setattr(Runtime, "_load", counted_load)
+    with serving(tiny_llama(), engine={"max_sequences": 1}, restarts=3) as server:
+        steps, hang = [], threading.Event()
+        break_engine(server, hang=hang, steps=steps)
+        codes = []
+
+        def ask():
+            codes.append(server.post("/v1/completions", {"prompt": "a"}).status_code)
+
+        asking = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in asking:
+            thread.start()
+        wait_until(lambda: server.runtime.queued == 3)
+        hang.set()
+        for thread in asking:
+            thread.join(PATIENCE)
+        assert codes == [500] * 4
+        wait_until(lambda: server.get("/ready").status_code == 200)
+        assert server.post("/v1/completions", {"prompt": "a"}).status_code == 200
+        assert (len(steps), server.runtime.restarts, len(loads)) == (1, 1, 2)
+
+
+def test_a_restart_that_fails_is_tried_again(tiny_llama, monkeypatch):
+    from splitfuse.server.runtime import Runtime
+
+    monkeypatch.setattr("splitfuse.server.runtime._PAUSE", 0.01)
+    with serving(tiny_llama(), restarts=3) as server:
+        load, tries = Runtime._load, []
+
+        def sometimes(self):
+            tries.append(1)
+            if len(tries) < 3:
+                raise MemoryError("not now")
+            return load(self)
+
+        monkeypatch.setattr(Runtime, "_load", sometimes)
+        break_engine(server)
+        assert server.post("/v1/completions", {"prompt": "a"}).status_code == 500
+        wait_until(lambda: server.get("/ready").status_code == 200)
+        assert server.runtime.restarts == 3
+        break_engine(server)
+        assert server.post("/v1/completions", {"prompt": "a"}).status_code == 500
+        wait_until(lambda: server.runtime.given_up)
+
+
+def test_an_observer_that_fails_shows(tiny_llama):
+    """It is no step of the engine, but nothing is served any more."""
+
+    class Broken:
+        def on_step(self, step):
+            raise ZeroDivisionError("in an observer")
+
+        def on_end(self, request): ...
+
+    with serving(tiny_llama()) as server:
+        server.runtime.observers.append(Broken())
+        assert server.post("/v1/completions", {"prompt": "a"}).status_code == 500
+        wait_until(lambda: server.get("/health").status_code == 503)
+
+
+def test_a_policy_that_holds_everything_back_shows(tiny_llama):
+    with serving(tiny_llama(), health_timeout=0.3) as server:
+        scheduler = server.scheduler
+        scheduler._overridden, scheduler.plan = True, lambda views, limits: StepPlan()
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(ASKED)
+            wait_until(lambda: server.get("/health").status_code == 503)
 
 
 def test_a_stream_is_told_of_the_failure(tiny_llama):

@@ -37,10 +37,10 @@ KEY = "sesame"
 
 
 class Paced(Runtime):
-    def _on_step(self, output: Any) -> None:
+    def _on_step(self, scheduler: Any, output: Any) -> None:
         if output is not None:
             time.sleep(PACE)
-        super()._on_step(output)
+        super()._on_step(scheduler, output)
 
 
 @dataclass

@@ -1,14 +1,13 @@
 """The layer over the engine: takes requests from any thread, orders and admits them, streams and ends them.
 
-One thread owns the engine: the caller of `step()`, or the scheduler's own after `start()`. Everything another
-thread may do (`submit`, `cancel`, `Request.wait`) goes through one lock, and never touches the engine.
+One thread owns the engine, as `_ownership` says. Everything another thread may do (`submit`, `cancel`,
+`Request.wait`) goes through one lock, and never touches the engine.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from ._beginnings import Beginnings
 from ._core import InvalidArgument, StateError
 from ._intake import Intake
 from ._intake import QueueFull as QueueFull
+from ._ownership import Owned
 from .request import Delta, NotFinite, Request, SamplingParams, check_request
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _FINISH = (None, "stop", "length", "error")  # StepOutput.finish
 _PAUSE = 0.001  # seconds between steps that did nothing: a policy that holds work back must not burn a core
 
 
-class Scheduler:
+class Scheduler(Owned):
     """Runs requests on an engine, with SplitFuse or, where `plan` is overridden, another policy.
 
     `max_queued`: requests that may wait for admission, None: any number. As many sequences as one forward may
@@ -41,7 +41,7 @@ class Scheduler:
 
     Both hooks run on the engine's thread: `on_step` at the end of every step, after the callbacks of its
     requests, with what the engine did (None: nothing); `on_failure` after a step that failed, when the
-    requests it ran have ended.
+    requests it ran have ended, and when anything else failed on a thread of the scheduler's own.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Scheduler:
         on_step: Callable[[_core.StepOutput | None], None] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
+        super().__init__()
         self.engine = engine
         self.tokenizer = tokenizer
         self._on_step = on_step
@@ -66,14 +67,10 @@ class Scheduler:
         self._numbers = itertools.count()
 
         self._cancels: deque[Request] = deque()
-        self._lock = threading.Condition()  # guards what follows, to the blank line
+        # Guarded by the lock.
         self._intake = Intake(max_queued)
         self._undone = 0  # requests that have not ended
-        self._thread: threading.Thread | None = None
-        self._stopping: str | None = None  # "drain" | "abort" while stop() is at work
-        self._closed = False
-
-        self._owner = threading.Lock()  # held by the thread that owns the engine; guards what follows
+        # The owner's.
         self._live: dict[int, tuple[Request, Answer]] = {}  # by the engine's id
         self._quiet: dict[int, Callable[[int], None]] = {}  # those of _live whose tokens are only kept
         self._beginnings = Beginnings(engine)  # of _live
@@ -156,12 +153,8 @@ class Scheduler:
         """Takes in what was submitted and cancelled, runs the engine once and hands out what came of it. None
         if there was nothing to run. An exception of the engine ends the requests it was running with that
         error, and no others. Raises StateError while another thread owns the engine."""
-        if not self._owner.acquire(blocking=False):
-            raise StateError("another thread is stepping this scheduler; stop() ends that of start()")
-        try:
+        with self._owned():
             return self._turn()
-        finally:
-            self._owner.release()
 
     def run_until_idle(self) -> None:
         """Steps until every request is done."""
@@ -186,8 +179,7 @@ class Scheduler:
         except Exception as error:
             _log.error("a step failed, and with it %d sequences: %s", len(self._live), error)
             self._end_live("error", error)
-            if self._on_failure is not None:
-                self._on_failure(error)
+            self._tell_failure(error)
             return None
         for request in filter(None, map(self.request_of, output.preempted)):
             request.preemptions += 1
@@ -329,65 +321,16 @@ class Scheduler:
         for request in [request for request, _ in self._live.values()]:
             self._end(request, reason, error)
 
-    # ---------------------------------------------------------------- a thread of its own
-
-    def start(self) -> None:
-        """Begins a thread that owns the engine and sleeps while there is nothing to do. `stop` ends it."""
-        with self._lock:
-            if self._closed or self._thread is not None:
-                raise StateError(f"the scheduler is {'closed' if self._closed else 'started already'}")
-            if not self._owner.acquire(blocking=False):
-                raise StateError("another thread is stepping this scheduler")
-            self._thread = threading.Thread(target=self._run, name="splitfuse", daemon=True)
-            self._thread.start()
-
-    def stop(self, *, drain: bool = True) -> None:
-        """Takes no more requests until those there are have finished, or with `drain=False` been cancelled,
-        and ends the thread of `start()`, if any. After that the scheduler can be stepped or started again.
-        Called from a callback it returns at once, and the thread ends after it."""
-        with self._lock:
-            thread = self._thread
-            if thread is None and not self._owner.acquire(blocking=False):
-                raise StateError("another thread is stepping this scheduler")
-            self._stopping = "drain" if drain else "abort"
-            self._lock.notify_all()
-        if thread is None:
-            self._run()
-        elif thread is not threading.current_thread():
-            thread.join()
-
-    def close(self) -> None:
-        """Cancels every request, as `stop` does, and takes none any more. The engine stays as it is."""
-        with self._lock:
-            self._closed = True
-        self.stop(drain=False)
-
-    def _run(self) -> None:
-        """Owns the engine until stopped."""
-        try:
-            while self._awaits_work():
-                try:
-                    self._turn()
-                except Exception as error:  # none is known, but nobody may be left waiting
-                    _log.exception("the scheduler failed; every request ends with the error")
-                    self._end_all("error", error)
-        finally:
-            self._end_all("abort")
-            with self._lock:
-                self._cancels.clear()
-                self._thread = self._stopping = None
-                self._owner.release()
-
-    def _awaits_work(self) -> bool:
-        """Sleeps until there is work (True), or it is time to stop (False)."""
-        with self._lock:
-            while not self.has_work and self._stopping is None:
-                self._lock.wait()
-            return self.has_work and self._stopping != "abort"
-
     def _end_all(self, reason: str, error: Exception | None = None) -> None:
         with self._lock:
             queued = self._intake.everyone()
         self._end_live(reason, error)
         for request in queued:
             self._end(request, reason, error)
+
+    def _tell_failure(self, error: Exception) -> None:
+        if self._on_failure is not None:
+            self._on_failure(error)
+
+    def _forget_cancels(self) -> None:
+        self._cancels.clear()

@@ -14,11 +14,7 @@ from .common import Bench, Table, emit, greedy, of_roof, open_bench, percentile,
 def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
     options["max_step_tokens"] = step_tokens(args.policy)
     with open_bench(args.model, args.seed, options) as bench:
-        longest = bench.engine.memory_plan.max_model_len
-        lengths = [
-            (_length(bench, args.input, longest // 2), _length(bench, args.output, longest // 2))
-            for _ in range(args.requests)
-        ]
+        lengths = draw_lengths(bench, args.requests, args.input, args.output)
         bench.check_fits(max(i + o for i, o in lengths))
         roof = bench.roof()
         _measure(bench, args.policy, lengths[:2])  # warm up
@@ -50,6 +46,12 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
         }
         emit(facts, args.json, [_table(facts)])
     return 0
+
+
+def draw_lengths(bench: Bench, count: int, read: int, made: int) -> list[tuple[int, int]]:
+    """Tokens of `count` prompts and answers, of these means."""
+    most = bench.engine.memory_plan.max_model_len // 2
+    return [(_length(bench, read, most), _length(bench, made, most)) for _ in range(count)]
 
 
 def _length(bench: Bench, mean: int, most: int) -> int:

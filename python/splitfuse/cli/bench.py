@@ -18,6 +18,7 @@ examples:
   splitfuse bench latency demo --batch 1 8 32 --context 256
   splitfuse bench saturation demo --plot saturation.png
   splitfuse bench throughput demo --requests 64 --input 512 --output 64 --json
+  splitfuse bench overhead demo --repeat 4
 
 "of roof" is the least time that memory bandwidth and arithmetic, both measured in the same run, allow, over
 the time taken."""
@@ -36,6 +37,7 @@ def add_parser(commands: Any) -> None:
     _add_latency(what)
     _add_saturation(what)
     _add_serve(what)
+    _add_overhead(what)
     _add_kernels(what)
     _add_roofline(what)
 
@@ -124,6 +126,34 @@ def _add_serve(what: Any) -> None:
     parser.epilog = bench_serve.EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     bench_serve.add_options(parser, _count)
+
+
+def _add_overhead(what: Any) -> None:
+    parser = _add(
+        what,
+        "overhead",
+        "what HTTP costs beside the same in process",
+        "Runs the same requests in process and through HTTP streams of a server with the same options, in turns, and "
+        "gives the ratio of their throughputs; then, under many streams at once, the share of the time that the "
+        "server's engine spends in steps.",
+    )
+    add_model(parser)
+    for name, default, text in (
+        ("requests", 64, "requests at once, each round"),
+        ("input", 512, "mean prompt in tokens"),
+        ("output", 64, "mean answer in tokens"),
+        ("repeat", 3, "rounds of each; the median ratio counts"),
+        ("streams", 256, "streams at once"),
+        ("stream-input", 32, "tokens of each stream's prompt"),
+        ("stream-output", 128, "tokens of each stream's answer"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=_count, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
+    add_policy(parser)
+    add_engine(parser, caches=False)
+    parser.set_defaults(run=_with_engine("overhead"))
 
 
 def _add_saturation(what: Any) -> None:

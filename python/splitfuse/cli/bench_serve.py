@@ -20,6 +20,9 @@ examples:
 docs/benchmarks.md tells the method and how to read the plots. Ctrl-C cuts a run short and keeps what it has."""
 
 
+_POLICIES = ["splitfuse", "prefill_first"]
+
+
 def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="what to serve; not with --url")
     what = parser.add_argument_group("what is measured")
@@ -27,7 +30,6 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
         "--policies",
         nargs="+",
         choices=POLICIES,
-        default=["splitfuse", "prefill_first"],
         help="policies of one engine, in turns (default: splitfuse prefill_first)",
     )
     what.add_argument("--url", nargs="+", default=[], metavar="URL", help="servers with OpenAI's API instead")
@@ -83,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidArgument("name a MODEL, or servers with --url, and not both")
     if args.url and args.replicas:
         raise InvalidArgument("--replicas starts servers of its own; leave --url out")
+    if args.url or args.replicas:
+        _refuse_what_is_of_one_engine(args)
+    args.policies = args.policies or _POLICIES
     for rate in args.rate or ():
         if not 0 < rate < float("inf"):
             raise InvalidArgument(f"--rate must be above 0, not {rate:g}")
@@ -92,3 +97,16 @@ def run(args: argparse.Namespace) -> int:
     args.url = [url.rstrip("/").removesuffix("/v1") for url in args.url or ()]
     code: int = import_module("...bench.serving.run", __name__).run(args, engine_options(args))
     return code
+
+
+def _refuse_what_is_of_one_engine(args: argparse.Namespace) -> None:
+    from .._core import InvalidArgument
+
+    given = {
+        "--policies": args.policies is not None,
+        "--simulate": args.simulate,
+        "--repeat": args.repeat > 1,
+    }
+    for option, present in given.items():
+        if present:
+            raise InvalidArgument(f"{option} is for policies of one engine; not with --url or --replicas")

@@ -18,8 +18,9 @@ examples:
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}'
 
-SIGTERM ends it: what runs may finish within --drain-timeout, a second signal does not wait. Exit code: 0, or 2
-if the model can't be loaded or the address can't be had."""
+SIGTERM ends it: what runs may finish within --drain-timeout, a second signal does not wait. Exit code: 0; 1 if the
+engine failed and no restarts were left, or a step or loading did not end when told to; 2 if the model can't be
+loaded or the address can't be had."""
 
 _LIMITS = {
     "queued": ("--max-queued", "requests that may wait; one more is answered 429"),
@@ -112,6 +113,11 @@ def _add_life(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="times that a failed engine is built anew (default: 0)",
     )
+    group.add_argument(
+        "--stay-up",
+        action="store_true",
+        help="when it has failed for good, stay, with /health at 503, to be looked at (default: end with code 1)",
+    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -146,10 +152,10 @@ def run(args: argparse.Namespace) -> int:
         stall_timeout=args.stall_timeout,
         health_timeout=args.health_timeout,
         restarts=args.restart,
+        stay_up=args.stay_up,
         limits=dataclasses.replace(Limits(), **{field: getattr(args, field) for field in _LIMITS}),
     )
-    serve(settings, access_log=args.access_log)
-    return 0
+    return serve(settings, access_log=args.access_log)
 
 
 def _text(file: str | None) -> str | None:

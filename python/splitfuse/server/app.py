@@ -62,7 +62,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     runtime: Runtime = app.state.runtime
     loading = asyncio.create_task(_load(runtime))
     yield
-    await asyncio.wait([loading])  # a thread that loads can't be stopped
+    loading.cancel()
     await runtime.stop()
 
 

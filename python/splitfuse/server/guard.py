@@ -81,7 +81,7 @@ class Guard:
         origin = _header(headers, b"origin").decode("latin-1")
         if not origin or origin in self._origins or "*" in self._origins:
             return
-        if urlsplit(origin).netloc != host:
+        if _netloc(origin) != host:
             raise ApiError(403, f"requests from pages of {origin[:100]!r} are not allowed: see --cors-origin")
 
     def _authorized(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> bool:
@@ -105,6 +105,9 @@ class Guard:
             raise ApiError(408, f"the body did not come within {limits.body_seconds:g} s") from None
         if body is None:
             return None
+        # As vLLM does it. A page may send text/plain, or no type at all, to another origin without asking first.
+        if body and not _is_json(_header(headers, b"content-type")):
+            raise ApiError(400, "the body's Content-Type must be application/json", param="Content-Type")
         if body.count(b",") > limits.json_values:
             raise ApiError(400, f"the body has more than {limits.json_values} values")
         if len(body) > _LARGE:
@@ -154,8 +157,23 @@ def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     return next((value for key, value in headers if key == name), b"")
 
 
+def _netloc(url: str) -> str | None:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
+
+
+def _is_json(content_type: bytes) -> bool:
+    kind = content_type.partition(b";")[0].strip().lower()
+    return kind == b"application/json" or (kind.startswith(b"application/") and kind.endswith(b"+json"))
+
+
 def _is_local(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # "[", for one
+        return False
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .._core import Capacity, Engine, InvalidArgument, ModelConfig, StateError, StepOutput
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("splitfuse")
 _WATCH = 0.5  # seconds between looks at slow readers
 _RATE_WINDOW = 64  # requests over whose ends the pace is taken, for Retry-After
+_LAST_STEP = 5.0  # seconds that a step, or loading, may take to end when the server does
+_PAUSE = 1.0  # seconds between attempts to build the engine anew
 _WORKERS = 2  # threads for tokenising and templates, which must not hold up the loop
 
 
@@ -66,9 +69,11 @@ class Served:
         self.engine = engine
         self.scheduler = scheduler
         self.tokenizer: Tokenizer | None = loaded.tokenizer
+        self.failed = False
 
     def close(self) -> None:
-        self.scheduler.close()
+        """Raises TimeoutError if a step hangs: then the engine can't be closed."""
+        self.scheduler.close(_LAST_STEP)
         self.engine.close()
 
 
@@ -82,10 +87,15 @@ class Runtime:
         self.draining = False
         self.failure: Exception | None = None
         """Why the engine is down, if it is."""
+        self.given_up = False
+        """Whether it stays down: no restarts are left."""
+        self.stuck: str | None = None
+        """After `stop`: what has not ended, and keeps the process from ending in good order."""
         self.restarts = 0
         self.rejections: Counter[str] = Counter()
         """Requests that were in order and not taken in, by reason: "queue_full", "draining", "unavailable"."""
         self._served: Served | None = None
+        self._loading: asyncio.Future[Served] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._workers = ThreadPoolExecutor(_WORKERS, "splitfuse-text")
         self._streams: set[Stream] = set()
@@ -110,18 +120,29 @@ class Runtime:
             stream.cancel()
 
     async def stop(self) -> None:
-        """Takes no more requests, cancels those there are, and closes the engine."""
+        """Takes no more requests, cancels those there are, and closes the engine: see `stuck`."""
         self.draining = True
         for task in list(self._tasks):
             task.cancel()
-        if self._served is not None:
-            await asyncio.to_thread(self._served.close)
+        served = self._served
+        if self._loading is not None and served is None:
+            await asyncio.wait([self._loading], timeout=_LAST_STEP)
+            if not self._loading.done():  # a thread that loads can't be stopped
+                self.stuck = "the model is still being loaded"
+            elif self._loading.exception() is None:
+                served = self._loading.result()
+        if served is not None:
+            try:
+                await asyncio.to_thread(served.close)
+            except TimeoutError as error:
+                self.stuck = str(error)
             await asyncio.sleep(0)  # the cancelled requests' ends are delivered
             self._served = None
         self._workers.shutdown(wait=False)
 
     async def _build(self) -> None:
-        self._served = await asyncio.to_thread(self._load)
+        self._loading = asyncio.ensure_future(asyncio.to_thread(self._load))
+        self._served = await asyncio.shield(self._loading)
         self._capacity = self._served.engine.query()
         self._moved = time.monotonic()
         self.failure = None
@@ -134,27 +155,42 @@ class Runtime:
         loaded, engine = load_engine(
             self.settings.model, max_step_tokens=step_tokens(self.settings.policy), **self.settings.engine
         )
-        scheduler = make_scheduler(
+        # Each tells whose it is: one that failed is still heard of when another one is at work.
+        scheduler: Scheduler = make_scheduler(
             self.settings.policy,
             engine,
             loaded.tokenizer,
             max_queued=self.settings.limits.queued,
-            on_step=self._on_step,
-            on_failure=self._on_failure,
+            on_step=lambda output: self._on_step(scheduler, output),
+            on_failure=lambda error: self._on_failure(scheduler, error),
         )
         return Served(loaded, engine, scheduler)
 
-    async def _rebuild(self) -> None:
-        """After a failure. Whoever was being served has been told by then."""
-        served, self._served = self._served, None
-        if served is not None:
-            await asyncio.to_thread(served.close)
+    async def _rebuild(self, served: Served) -> None:
+        """After a failure, until it succeeds or no restarts are left. Whoever was being served has been told."""
+        self._served = None
         try:
-            await self._build()
-            _log.warning("the engine is back (restart %d of %d)", self.restarts, self.settings.restarts)
-        except Exception as error:
+            await asyncio.to_thread(served.close)
+        except TimeoutError as error:
             self.failure = error
-            _log.exception("the engine could not be built anew")
+            self._give_up()
+            return
+        while self.restarts < self.settings.restarts and not self.draining:
+            self.restarts += 1
+            try:
+                await self._build()
+                _log.warning("the engine is back (restart %d of %d)", self.restarts, self.settings.restarts)
+                return
+            except Exception as error:
+                self.failure = error
+                _log.exception("the engine could not be built anew")
+            await asyncio.sleep(_PAUSE)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        if not self.draining:
+            _log.error("the engine has failed and stays down: %s", self.failure)
+            self.given_up = True
 
     async def _watch(self) -> None:
         while True:
@@ -214,17 +250,19 @@ class Runtime:
     @property
     def queued(self) -> int:
         """Requests that wait for admission to the engine."""
-        return self._served.scheduler.queued if self._served is not None else 0
+        served = self._served  # once: it is asked from other threads while it may be replaced
+        return served.scheduler.queued if served is not None else 0
 
     def sick(self) -> str | None:
         """Why the server can't be called healthy, or None: it is loading, has failed, or work waits and no
         step has ended for `health_timeout`."""
         if self.failure is not None:
             return "the engine has failed"
-        if self._served is None:
+        served = self._served
+        if served is None:
             return "the model is being loaded"
         idle = time.monotonic() - self._moved
-        if self._served.scheduler.has_work and idle > self.settings.health_timeout:
+        if served.scheduler.has_work and idle > self.settings.health_timeout:
             return f"work waits, and no step has ended for {idle:.0f} s"
         return None
 
@@ -292,15 +330,16 @@ class Runtime:
 
     # ---------------------------------------------------------------- on the engine's thread
 
-    def _on_step(self, output: StepOutput | None) -> None:
+    def _on_step(self, scheduler: Scheduler, output: StepOutput | None) -> None:
         served = self._served
-        if served is not None:
+        if served is not None and served.scheduler is scheduler:
             self._capacity = capacity = served.engine.query()  # a cancelled request changes it without a step
             if output is not None:
-                self._moved = time.monotonic()
+                ended = time.monotonic()
+                if output.chunks:  # a policy that holds everything back for ever must show
+                    self._moved = ended
                 seconds = (output.host_us + output.forward_us) / 1e6
-                scheduler = served.scheduler
-                record = StepRecord(self._moved, seconds, output, capacity, scheduler.queued, scheduler)
+                record = StepRecord(ended, seconds, output, capacity, scheduler.queued, scheduler)
                 for observer in self.observers:
                     observer.on_step(record)
         if self._outbox:
@@ -312,9 +351,12 @@ class Runtime:
         for observer in self.observers:
             observer.on_end(request)
 
-    def _on_failure(self, error: Exception) -> None:
-        self.failure = error
-        self._call(self._failed)
+    def _on_failure(self, scheduler: Scheduler, error: Exception) -> None:
+        served = self._served
+        if served is not None and served.scheduler is scheduler:
+            self.failure = error
+            self._call(partial(self._failed, served))
+        scheduler.abandon(error)  # what waits would be run by an engine that is not trusted any more
 
     def _wake(self) -> None:
         self._call(self._deliver)
@@ -338,12 +380,14 @@ class Runtime:
             self._streams.discard(stream)
             stream.end()
 
-    def _failed(self) -> None:
+    def _failed(self, served: Served) -> None:
         """The engine's state is not trusted any more, so those that wait for it end as those it ran have."""
+        if served.failed or served is not self._served:
+            return  # heard of already
+        served.failed = True
         for stream in list(self._streams):
             stream.fail(ApiError(500, "the engine has failed"))
         if self.restarts < self.settings.restarts and not self.draining:
-            self.restarts += 1
-            self._spawn(self._rebuild())
-        elif not self.draining:
-            _log.error("the engine has failed and stays down: %s", self.failure)
+            self._spawn(self._rebuild(served))
+        else:
+            self._give_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from types import FrameType
@@ -18,13 +19,16 @@ from .settings import Settings
 
 _log = logging.getLogger("splitfuse")
 _BACKLOG = 2048
+_KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
 _LAST_WORDS = 5  # seconds for answers to be written after the requests have ended
 _LOOK = 0.05  # seconds between looks at a drain
+_FAILED = 1
 
 
-def serve(settings: Settings, *, access_log: bool = False) -> None:
+def serve(settings: Settings, *, access_log: bool = False) -> int:
     """Serves until SIGTERM or SIGINT, which let what runs finish within `drain_timeout`; a second one ends at
-    once. Raises what loading the model raises, and ConfigError if the address can't be had."""
+    once. The exit code: 0, or 1 if the engine has failed and stays down; with 1 it ends the process itself where a
+    step hangs. Raises what loading the model raises, and ConfigError if the address can't be had."""
     app = create_app(settings)
     listener = _listen(settings)
     config = uvicorn.Config(
@@ -34,7 +38,7 @@ def serve(settings: Settings, *, access_log: bool = False) -> None:
         access_log=access_log,
         server_header=False,
         timeout_graceful_shutdown=_LAST_WORDS,
-        **uvicorn_options(settings.limits),
+        **uvicorn_options(settings),
     )
     host, port = listener.getsockname()[:2]
     _say(f"splitfuse: http://{f'[{host}]' if ':' in host else host}:{port} (loading {settings.model})")
@@ -42,6 +46,10 @@ def serve(settings: Settings, *, access_log: bool = False) -> None:
     server.run(sockets=[listener])
     if server.load_error is not None:
         raise server.load_error
+    if app.state.runtime.given_up:
+        _say(f"splitfuse: error: the engine has failed: {app.state.runtime.failure}")
+        return _FAILED
+    return 0
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -51,7 +59,12 @@ def _listen(settings: Settings) -> socket.socket:
         family, kind, number, _, address = found[0]
         listener = socket.socket(family, kind, number)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by what is accepted
+        # What follows is inherited by what is accepted. A client that vanished without a word is noticed,
+        # 2 minutes later.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE.items():
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)
         listener.bind(address)
         listener.setblocking(False)
     except OSError as error:
@@ -82,6 +95,8 @@ class _Server(uvicorn.Server):
         if not self._announced and runtime.failure is not None:
             self.load_error = runtime.failure
             return True
+        if runtime.given_up and not runtime.settings.stay_up:
+            return True  # a supervisor starts it anew
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -97,6 +112,10 @@ class _Server(uvicorn.Server):
         runtime.cancel_all()
         self.force_exit = False  # what has ended is still written out, within seconds
         await super().shutdown(sockets)
+        if runtime.stuck is not None:
+            # Python would wait for the thread, and the engine can't be taken down under it.
+            _say(f"splitfuse: error: {runtime.stuck}: ending without it")
+            os._exit(_FAILED)
 
 
 def _say(text: str) -> None:

@@ -71,6 +71,8 @@ class Settings:
     """/health fails when work waits and no step has ended for so long."""
     restarts: int = 0
     """How often a failed engine is built anew."""
+    stay_up: bool = False
+    """When it has failed and no restarts are left: answer on, with /health at 503, instead of ending."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

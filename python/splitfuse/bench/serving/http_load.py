@@ -38,6 +38,8 @@ class HttpOptions:
     model: str | None = None
     api_key: str | None = None
     text: bool = False
+    greedy: bool = False
+    """Else FastGen's sampling."""
     timeout: float = 600.0
     """Seconds for one request."""
 
@@ -85,6 +87,13 @@ async def poisson(
     return await _all(
         urls, options, on_record, lambda session: [one(session, i, s) for i, s in enumerate(starts)]
     )
+
+
+async def all_at_once(
+    url: str, asks: Sequence[Ask], *, options: HttpOptions, on_record: OnRecord | None = None
+) -> list[Record]:
+    """Each on a connection of its own."""
+    return await _all([url], options, on_record, lambda session: [session.ask(url, ask) for ask in asks])
 
 
 async def busy_seconds(urls: Sequence[str], options: HttpOptions) -> float | None:
@@ -168,14 +177,14 @@ class Session:
             self._on_record(record)
 
     def _request(self, ask: Ask) -> tuple[str, bytes]:
-        """FastGen's sampling, with the answer's length forced."""
+        """The answer's length is forced."""
+        sampling = {"temperature": 0.0} if self._options.greedy else {"temperature": 1.0, "top_p": 0.9}
         body: dict[str, Any] = {
             "model": self._model,
             "max_tokens": ask.output,
             "min_tokens": ask.output,
             "ignore_eos": True,
-            "temperature": 1.0,
-            "top_p": 0.9,
+            **sampling,
             "stream": True,
             "stream_options": {"include_usage": True},
         }

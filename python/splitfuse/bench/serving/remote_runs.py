@@ -8,7 +8,7 @@ import contextlib
 import secrets
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..._progress import CountBar, on_terminal
@@ -51,7 +51,9 @@ async def measure_replicas(
     slas: list[Sla] = []
     forward = 0.0
     for count in args.replicas:
-        with _servers(args, count, max(1, threads // max(args.replicas))) as urls:
+        with replicas(
+            args.model, count, {**options, "threads": max(1, threads // max(args.replicas))}
+        ) as urls:
             if not slas:
                 slas, forward = await _slas(urls, http, workload, args)
             more = [
@@ -67,13 +69,6 @@ async def measure_replicas(
         if cut.asked:
             break
     return {**_facts(args.model, cells, slas, workload, forward), "scaling": scaling}
-
-
-@contextlib.contextmanager
-def _servers(args: argparse.Namespace, count: int, threads: int) -> Iterator[list[str]]:
-    arguments = ["--token-budget", str(args.token_budget), "--no-prefix-caching", "--dtype", args.dtype]
-    with replicas(args.model, count, threads, arguments) as urls:
-        yield urls
 
 
 def _options(args: argparse.Namespace) -> HttpOptions:
