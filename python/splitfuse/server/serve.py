@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from types import FrameType
 
 import uvicorn
@@ -43,6 +45,10 @@ def serve(settings: Settings, *, access_log: bool = False) -> int:
     host, port = listener.getsockname()[:2]
     _say(f"splitfuse: http://{f'[{host}]' if ':' in host else host}:{port} (loading {settings.model})")
     server = _Server(config, app.state.runtime)
+    if threading.current_thread() is threading.main_thread():
+        # What uvicorn puts back at the end: a second signal that comes late finds a server that has ended well.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
     server.run(sockets=[listener])
     if server.load_error is not None:
         raise server.load_error
