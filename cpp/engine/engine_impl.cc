@@ -85,6 +85,7 @@ Engine::Impl::Impl(const ModelConfig& model, WeightSource& weights, const Engine
 int32_t Engine::Impl::measure_budget() {
   using Clock = std::chrono::steady_clock;
   constexpr int kLayers = 4;  // more than one, so that weights come from memory as in a real forward
+  constexpr double kSeconds = 2.0;
   const int32_t block_size = config_.block_size;
   const int32_t largest = sizing_.plan.token_budget;
   const int32_t longest = std::min(largest, sizing_.plan.max_model_len);
@@ -96,15 +97,22 @@ int32_t Engine::Impl::measure_budget() {
   // As many sequences as the rows need, each with KV blocks of its own; a pool too small for that bounds the rows.
   const int32_t most_rows = std::min(largest, pool_.total() / seq_blocks * longest);
   const int layers = std::min(kLayers, model_.num_layers);
+  std::vector<int32_t> sizes;
+  for (int32_t rows = most_rows; rows >= std::min(64, most_rows); rows /= 2) sizes.insert(sizes.begin(), rows);
   double best = 0;
-  for (int32_t rows = most_rows; rows >= std::min(64, most_rows); rows /= 2) {
+  double fastest = 0;
+  const auto started = Clock::now();
+  for (int32_t rows : sizes) {
+    // The next takes twice as long, twice over: a large model on a slow machine is measured as far as time allows.
+    const double spent = std::chrono::duration<double>(Clock::now() - started).count();
+    if (!curve_.empty() && spent + 4 * fastest > kSeconds) break;
     std::vector<RaggedSeq> seqs;
     for (int32_t begin = 0; begin < rows; begin += longest) {
       const int32_t* blocks = table.data() + begin / longest * seq_blocks;
       seqs.push_back({begin, std::min(longest, rows - begin), 0, blocks});
     }
     const RaggedBatch batch{std::span(tokens).first(rows), std::span(positions).first(rows), seqs, {}};
-    double fastest = 1e30;
+    fastest = 1e30;
     for (int repeat = 0; repeat < 2; ++repeat) {
       const auto begin = Clock::now();
       for (int layer = 0; layer < layers; ++layer) decoder_->forward_layer(batch, layer);
@@ -113,7 +121,6 @@ int32_t Engine::Impl::measure_budget() {
     curve_.push_back({rows, rows / (fastest * model_.num_layers / layers)});
     best = std::max(best, curve_.back().tokens_per_second);
   }
-  std::reverse(curve_.begin(), curve_.end());
   const auto good = [&](const BudgetPoint& point) { return point.tokens_per_second >= 0.95 * best; };
   const int32_t budget = std::find_if(curve_.begin(), curve_.end(), good)->tokens;
   return std::max(budget, sizing_.limits.max_seqs);
