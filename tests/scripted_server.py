@@ -126,6 +126,7 @@ class Scripted(Runtime):
             engine,
             FakeTokenizer(),
             max_queued=self.settings.limits.queued,
+            max_queued_tokens=self.settings.limits.queued_tokens,
             on_step=lambda output: self._on_step(scheduler, output),
             on_failure=lambda error: self._on_failure(scheduler, error),
         )

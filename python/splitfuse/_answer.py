@@ -22,7 +22,7 @@ class Answer:
 
     __slots__ = (
         "_cumulative", "_detokenizer", "_logprobs", "_parts", "_prompt_ids", "_stopper", "_tokenizer",
-        "finish_reason", "index", "params", "sequence", "stop_reason", "token_ids",
+        "finish_reason", "index", "params", "sequence", "stop_reason", "token_ids", "undelivered",
     )  # fmt: skip
 
     def __init__(
@@ -32,6 +32,7 @@ class Answer:
         prompt_ids: Sequence[int],
         tokenizer: Tokenizer | None,
         streamed: bool,
+        keep_logprobs: bool = True,
     ) -> None:
         """`streamed`: the text is wanted token by token, else it is made when it is first read."""
         self.index = index
@@ -40,12 +41,15 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
+        self.undelivered = ""
         self._prompt_ids = prompt_ids
         self._tokenizer = tokenizer
         self._detokenizer: IncrementalDetokenizer | None = None
         self._stopper: StopChecker | None = None
         self._parts: list[str] = []
-        self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self._logprobs: list[TokenLogprobs] | None = None
+        if params.logprobs is not None and keep_logprobs:
+            self._logprobs = []
         self._cumulative = 0.0
         if tokenizer is not None and (streamed or params.stop):
             self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
@@ -74,6 +78,9 @@ class Answer:
         self.finish_reason = reason
         if reason == "stop" and self.token_ids and self.token_ids[-1] in self.params.stop_token_ids:
             self.stop_reason = self.token_ids[-1]
+        if reason == "abort" and self._detokenizer is not None:
+            self.undelivered = self._held_back(self._detokenizer)
+            self._parts.append(self.undelivered)
 
     def _add_text(self, token: int, finish_reason: str | None) -> str:
         if self._detokenizer is None:
@@ -91,6 +98,15 @@ class Answer:
             text += self._stopper.flush()
         return text
 
+    def _held_back(self, detokenizer: IncrementalDetokenizer) -> str:
+        """What waited for the rest of a character or of a stop string, which will not come."""
+        try:
+            text = detokenizer.finish()
+        except Exception:  # a tokenizer that fails must not keep a request from ending
+            _log.exception("the end of an answer that was cancelled could not be decoded")
+            text = ""
+        return text if self._stopper is None else self._stopper.flush() + text
+
     def _hides(self, finish_reason: str | None) -> bool:
         """Whether the text of the last token is left out: it is an end of sequence or a stop token."""
         return finish_reason == "stop" and not self.params.include_stop_str_in_output
@@ -104,6 +120,7 @@ class Answer:
             stop_reason=self.stop_reason,
             logprobs=self._logprobs,
             cumulative_logprob=None if self._logprobs is None else self._cumulative,
+            undelivered=self.undelivered,
             _text=self._whole_text if self._detokenizer is None else "".join(self._parts),
         )
 

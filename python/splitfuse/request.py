@@ -278,6 +278,7 @@ class Request:
         self._answers: list[Answer] = []
         self._begun = 0  # answers that have been put
         self._queued = True
+        self._keeps_logprobs = True
         self._output: RequestOutput | None = None
         self._event = threading.Event()
 

@@ -40,9 +40,11 @@ class Completion:
     stop_reason: str | int | None = None
     """The stop string or the stop token that ended it; None for the model's own end of sequence."""
     logprobs: list[TokenLogprobs] | None = None
-    """One entry a token, if asked for."""
+    """One entry a token, if asked for and kept."""
     cumulative_logprob: float | None = None
-    """The sum over the chosen tokens, if log-probabilities were asked for."""
+    """The sum over the chosen tokens, if log-probabilities were asked for and kept."""
+    undelivered: str = ""
+    """The end of `text` that no delta has had: what was held back when a streamed answer was cancelled."""
     _text: str | Callable[[], str] = field(default="", repr=False, compare=False)
 
     @property

@@ -35,9 +35,9 @@ _PAUSE = 0.001  # seconds between steps that did nothing: a policy that holds wo
 class Scheduler(Owned):
     """Runs requests on an engine, with SplitFuse or, where `plan` is overridden, another policy.
 
-    `max_queued`: requests that may wait for admission, None: any number. As many sequences as one forward may
-    hold are admitted to the engine, by (priority, arrival); one more urgent than every admitted one is let in
-    beyond that, as the engine serves by priority.
+    `max_queued`: requests that may wait for admission, `max_queued_tokens`: tokens of their prompts; None: any
+    number. As many sequences as one forward may hold are admitted to the engine, by (priority, arrival); one more
+    urgent than every admitted one is let in beyond that, as the engine serves by priority.
 
     Both hooks run on the engine's thread: `on_step` at the end of every step, after the callbacks of its
     requests, with what the engine did (None: nothing); `on_failure` after a step that failed, when the
@@ -50,6 +50,7 @@ class Scheduler(Owned):
         tokenizer: Tokenizer | None = None,
         *,
         max_queued: int | None = None,
+        max_queued_tokens: int | None = None,
         on_step: Callable[[_core.StepOutput | None], None] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
@@ -68,7 +69,7 @@ class Scheduler(Owned):
 
         self._cancels: deque[Request] = deque()
         # Guarded by the lock.
-        self._intake = Intake(max_queued)
+        self._intake = Intake(max_queued, max_queued_tokens)
         self._undone = 0  # requests that have not ended
         # The owner's.
         self._live: dict[int, tuple[Request, Answer]] = {}  # by the engine's id
@@ -99,6 +100,7 @@ class Scheduler(Owned):
         on_done: Callable[[Request], None] | None = None,
         request_id: str | None = None,
         prompt: str | None = None,
+        keep_logprobs: bool = True,
     ) -> Request:
         """Queues a request; lower `priority` is served first. Raises InvalidArgument if it could not be
         served, QueueFull if too many wait, StateError while stopping or closed.
@@ -106,13 +108,14 @@ class Scheduler(Owned):
         Both callbacks run on the engine's thread, so they should be short. `on_output` gets every token as it
         comes; if it raises, its own request ends with that error. `on_done` is called once, whatever the end.
         Requests of different `cache_salt` never share cached prefixes. `request_id` and `prompt` are carried
-        to the result.
+        to the result. `keep_logprobs`: those of the answers too; without, only deltas have them.
         """
         params = params if params is not None else SamplingParams()
         ids = self.check(prompt_token_ids, params)
         number = next(self._numbers)
         name = request_id if request_id is not None else f"request-{number}"
         request = Request(self, name, prompt, ids, params, priority, cache_salt, on_output, on_done)
+        request._keeps_logprobs = keep_logprobs
         with self._lock:
             if self._closed or self._stopping is not None:
                 raise StateError(f"the scheduler is {'closed' if self._closed else 'stopping'}")
@@ -207,7 +210,8 @@ class Scheduler(Owned):
         params, streamed = request.params, request._on_output is not None
         longest = params.max_tokens or self._max_model_len - len(request.prompt_token_ids)
         for index in range(request._begun, request._begun + answers):
-            answer = Answer(index, params, request.prompt_token_ids, self.tokenizer, streamed)
+            keep = request._keeps_logprobs
+            answer = Answer(index, params, request.prompt_token_ids, self.tokenizer, streamed, keep)
             request._answers.append(answer)
             request._begun += 1
             native = params.to_native(max_tokens=longest, seed=request.seed, sample_index=index)

@@ -24,9 +24,12 @@ loaded or the address can't be had."""
 
 _LIMITS = {
     "queued": ("--max-queued", "requests that may wait; one more is answered 429"),
+    "queued_tokens": ("--max-queued-tokens", "prompt tokens that may wait, likewise"),
     "answers": ("--max-n", "answers to one prompt"),
     "prompts": ("--max-prompts", "prompts of one request"),
+    "answer_logprobs": ("--max-answer-logprobs", "log-probabilities in one answer that is not streamed"),
     "body_bytes": ("--max-body-bytes", "bytes of a request"),
+    "open_bodies": ("--max-open-bodies", "bytes of all open requests; more are answered 503"),
 }
 
 

@@ -141,6 +141,14 @@ async def answer_all(asks: Iterable[Ask | Result], results: Results, answer: Ans
     workers = [asyncio.ensure_future(work()) for _ in range(limit)]
     try:
         await asyncio.gather(*workers)
+    except Error:
+        # No new ones; and those that are open end at once, but for answers that are complete and being written out.
+        stopped.set()
+        while not inbox.empty():
+            inbox.get_nowait()
+        inbox.put_nowait(None)
+        await asyncio.gather(*workers, return_exceptions=True)
+        raise
     finally:
         stopped.set()
         room.release()

@@ -59,6 +59,10 @@ class CompletionReply(Reply):
             most = self.runtime.max_model_len  # a longer one is about to be refused
             self.echoed = [texts.decode(p.ids[:most], skip) if p.text is None else p.text for p in prompts]
 
+    @property
+    def repeats_prompts(self) -> bool:
+        return self.shows_ids or self.echo
+
     def params_for(self, prompt: Prompt) -> SamplingParams:
         """The default length gives way to the context's end; one that was asked for is refused there."""
         room = self.runtime.max_model_len - len(prompt.ids)

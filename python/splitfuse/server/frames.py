@@ -60,7 +60,9 @@ class Frames:
         """The last frames of answers that were cancelled, and so have had no last delta."""
         output = self._request.output
         return "".join(
-            self._frame(Delta(answer.index, "", [], None, answer.finish_reason, answer.stop_reason))
+            self._frame(
+                Delta(answer.index, answer.undelivered, [], None, answer.finish_reason, answer.stop_reason)
+            )
             for answer in (output.outputs if output is not None else ())
             if not self._finished[answer.index]
         )

@@ -29,9 +29,10 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, is_open: Callable[[str], bool]) -> None:
         self._app = app
-        self._limits = settings.limits
+        self.limits = settings.limits
         self._keys = [_digest(key.encode()) for key in settings.api_keys]
         self._is_open = is_open
+        self.held = 0  # bytes of bodies that are arriving, or whose requests are open
         self._origins = frozenset(settings.cors_origins)
         # With a key, no page that lacks it can do anything; elsewhere the operator chose to be reached by name.
         self._local_names = settings.loopback and not settings.api_keys
@@ -47,20 +48,27 @@ class Guard:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = scope["headers"]
         send = _echoing(_header(headers, b"x-request-id"), send)
+        share = _Share(self)
         try:
             self._check_headers(headers)
             self._check_origin(headers)
-            if not self._authorized(scope["path"], headers):
+            key = self._key_of(headers)
+            if self._keys and key is None and scope["path"] not in _OPEN and not self._is_open(scope["path"]):
                 await _respond(send, 401, {"error": "Unauthorized"}, {"WWW-Authenticate": "Bearer"})
                 return
-            body = await self._body(headers, receive)
+            if key is not None and len(self._keys) > 1:
+                scope["splitfuse.tenant"] = key.hex()
+            body = await self._body(headers, receive, share)
+            if body is not None:  # else the client went away
+                await self._run(scope, _replay(body, receive), send)
         except ApiError as refusal:
             await _respond(send, refusal.status, refusal.body, {**refusal.headers, "Connection": "close"})
-            return
-        if body is None:  # the client went away
-            return
+        finally:
+            share.give_back()
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._app(scope, _replay(body, receive), send)
+            await self._app(scope, receive, send)
         except asyncio.CancelledError:
             # Cut off, or out of time at shutdown. A polite close would wait for a reader who does not read.
             if (abort := scope.get("extensions", {}).get("splitfuse.abort")) is None:
@@ -69,8 +77,8 @@ class Guard:
             await asyncio.sleep(0)
 
     def _check_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        if sum(len(name) + len(value) for name, value in headers) > self._limits.header_bytes:
-            raise ApiError(431, f"the headers have more than {self._limits.header_bytes} bytes")
+        if sum(len(name) + len(value) for name, value in headers) > self.limits.header_bytes:
+            raise ApiError(431, f"the headers have more than {self.limits.header_bytes} bytes")
 
     def _check_origin(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """A page from elsewhere, open in a browser on this machine, must not drive the server behind its user's
@@ -84,23 +92,24 @@ class Guard:
         if _netloc(origin) != host:
             raise ApiError(403, f"requests from pages of {origin[:100]!r} are not allowed: see --cors-origin")
 
-    def _authorized(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-        if not self._keys or path in _OPEN or self._is_open(path):
-            return True
+    def _key_of(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+        """The digest of the key that came along, if it is one of ours."""
         scheme, _, key = _header(headers, b"authorization").partition(b" ")
         given = _digest(key.strip())
         # All are compared, so that the time taken tells nothing.
         matches = [hmac.compare_digest(given, known) for known in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+        return given if scheme.lower() == b"bearer" and any(matches) else None
 
-    async def _body(self, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> bytes | None:
+    async def _body(
+        self, headers: Iterable[tuple[bytes, bytes]], receive: Receive, share: _Share
+    ) -> bytes | None:
         """The whole body; None if the client went away."""
-        limits = self._limits
+        limits = self.limits
         declared = _header(headers, b"content-length")
         if declared.isdigit() and int(declared[:20]) > limits.body_bytes:
             raise _too_large(limits.body_bytes)
         try:
-            body = await asyncio.wait_for(_read(receive, limits.body_bytes), limits.body_seconds)
+            body = await asyncio.wait_for(_read(receive, limits.body_bytes, share), limits.body_seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body did not come within {limits.body_seconds:g} s") from None
         if body is None:
@@ -119,7 +128,26 @@ class Guard:
         return body
 
 
-async def _read(receive: Receive, most: int) -> bytes | None:
+class _Share:
+    """What one request's body takes of the bytes that all open ones may have together."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._bytes = 0
+
+    def take(self, count: int) -> None:
+        """Raises ApiError 503 if there is no room."""
+        self._bytes += count
+        self._guard.held += count
+        if self._guard.held > self._guard.limits.open_bodies:
+            raise ApiError(503, "too many bytes of requests are open: try again later", retry_after=1)
+
+    def give_back(self) -> None:
+        self._guard.held -= self._bytes
+        self._bytes = 0
+
+
+async def _read(receive: Receive, most: int, share: _Share) -> bytes | None:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -128,6 +156,7 @@ async def _read(receive: Receive, most: int) -> bytes | None:
             return None
         parts.append(message.get("body", b""))
         size += len(parts[-1])
+        share.take(len(parts[-1]))
         if size > most:
             raise _too_large(most)
         if not message.get("more_body", False):

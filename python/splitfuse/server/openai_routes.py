@@ -105,6 +105,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 
 
 async def _respond(request: Request, reply: Reply) -> Response:
+    reply.tenant = request.scope.get("splitfuse.tenant", "")
     streams = reply.submit()
     requests = [stream.request for stream in streams if stream.request is not None]
     if reply.streamed:

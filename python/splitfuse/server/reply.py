@@ -53,6 +53,8 @@ class Reply(ABC):
         self._created = int(time.time())
         self._priority = request.priority or 0
         self._cache_salt = request.cache_salt or ""
+        self.tenant = ""
+        """Whose key asks, where there are several: nobody finds out what others' prompts began with."""
 
     @abstractmethod
     async def tokenize(self) -> None:
@@ -82,7 +84,7 @@ class Reply(ABC):
                 self.runtime.served.scheduler.check(prompt.ids, params[-1])
             except InvalidArgument as error:
                 raise about(number, len(self.prompts), bad_argument(error)) from None
-        self._check_prompt_logprobs(params)
+        self._check_amounts(params)
         streams: list[Stream] = []
         try:
             for number, (prompt, each) in enumerate(zip(self.prompts, params, strict=True)):
@@ -91,7 +93,7 @@ class Reply(ABC):
                     each,
                     streamed=self.streamed,
                     priority=self._priority,
-                    cache_salt=self._cache_salt,
+                    cache_salt=f"{self.tenant}/{self._cache_salt}" if self.tenant else self._cache_salt,
                     request_id=f"{self.id}-{number}",
                     prompt=prompt.text,
                 )
@@ -102,18 +104,39 @@ class Reply(ABC):
             raise
         return streams
 
-    def _check_prompt_logprobs(self, params: Sequence[SamplingParams]) -> None:
-        """Every answer repeats its prompt's: a small request could ask for more text than there is memory."""
-        most = self.runtime.settings.limits.prompt_logprobs
-        shown = sum(
-            each.n * len(prompt.ids) * (1 + each.prompt_logprobs)
-            for prompt, each in zip(self.prompts, params, strict=True)
-            if each.prompt_logprobs is not None
+    def _check_amounts(self, params: Sequence[SamplingParams]) -> None:
+        """A small request could ask for more than there is memory. Raises ApiError 400."""
+        limits, context = self.runtime.settings.limits, self.runtime.max_model_len
+        tokens = prompt_entries = answer_entries = repeated = 0
+        for prompt, each in zip(self.prompts, params, strict=True):
+            length = len(prompt.ids)
+            tokens += length
+            repeated += each.n * length
+            if each.prompt_logprobs is not None:  # every answer repeats those of its prompt
+                prompt_entries += each.n * length * (1 + each.prompt_logprobs)
+            if each.logprobs is not None:
+                answer_entries += each.n * (each.max_tokens or context - length) * (1 + each.logprobs)
+        if len(self.prompts) > 1:
+            _at_most("prompt", tokens, limits.queued_tokens, "tokens of all prompts")
+        _at_most(
+            "n", prompt_entries, limits.prompt_logprobs, "log-probabilities of prompt tokens in one answer"
         )
-        if shown > most:
-            raise ApiError(
-                400, f"{shown} log-probabilities of prompt tokens in one answer exceed {most}", param="n"
+        if not self.streamed:
+            asked = "top_logprobs" if self.kind.startswith("chat") else "logprobs"
+            _at_most(
+                asked,
+                answer_entries,
+                limits.answer_logprobs,
+                "log-probabilities in one answer, not streamed,",
             )
+        if self.repeats_prompts:
+            name = "return_token_ids" if self.shows_ids else "echo"
+            _at_most(name, repeated, limits.repeated_tokens, "prompt tokens repeated in one answer")
+
+    @property
+    def repeats_prompts(self) -> bool:
+        """Whether each answer shows its prompt."""
+        return self.shows_ids
 
     def envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
@@ -169,3 +192,8 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
 def dumps(value: Any) -> str:
     """JSON in ASCII alone: some clients cut a stream at every line separator that Unicode knows."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _at_most(param: str, count: int, most: int, what: str) -> None:
+    if count > most:
+        raise ApiError(400, f"{param}: {count} {what} exceed {most}", param=param)

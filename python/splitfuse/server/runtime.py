@@ -161,6 +161,7 @@ class Runtime:
             engine,
             loaded.tokenizer,
             max_queued=self.settings.limits.queued,
+            max_queued_tokens=self.settings.limits.queued_tokens,
             on_step=lambda output: self._on_step(scheduler, output),
             on_failure=lambda error: self._on_failure(scheduler, error),
         )
@@ -301,6 +302,7 @@ class Runtime:
                 on_done=lambda request: self._on_done(stream, request),
                 request_id=request_id,
                 prompt=prompt,
+                keep_logprobs=not streamed,
             )
         except InvalidArgument as error:
             raise ApiError(400, str(error)) from None

@@ -35,10 +35,18 @@ class Limits:
     logprobs: int = 20
     prompt_logprobs: int = 1 << 20
     """Entries of one response: prompt tokens, by logprobs of each, by `n`."""
+    answer_logprobs: int = 1 << 20
+    """Entries of one response that is not streamed: answers, by their longest length, by logprobs of each token."""
+    repeated_tokens: int = 1 << 20
+    """Of prompts that one response repeats: prompt tokens, by `n`, with echo or return_token_ids."""
     json_values: int = 1 << 20
     """Of a body: making objects of them holds up everybody."""
     queued: int = 4096
     """Requests that may wait for admission; one more is answered 429."""
+    queued_tokens: int = 4 << 20
+    """Prompt tokens of those that wait, likewise; about 40 bytes each."""
+    open_bodies: int = 512 << 20
+    """Bytes of all bodies that are arriving or whose requests are open; more are answered 503."""
     stream_items: int = 4096
     """Deltas of an answer that may wait for a slow reader before it is cut off."""
 
@@ -83,10 +91,20 @@ class Settings:
                 raise ConfigError(f"{name} must be a number of seconds, not {getattr(self, name)}")
         if self.limits.queued < 1:
             raise ConfigError(f"at least 1 request must be allowed to wait, not {self.limits.queued}")
+        if self.limits.queued_tokens < 1:
+            raise ConfigError(f"at least 1 token must be allowed to wait, not {self.limits.queued_tokens}")
+        if self.limits.open_bodies < self.limits.body_bytes:
+            raise ConfigError(
+                f"open bodies may have {self.limits.open_bodies} bytes, and one of them {self.limits.body_bytes}"
+            )
         if self.restarts < 0:
             raise ConfigError(f"restarts must be 0 or more, not {self.restarts}")
         if not all(self.api_keys):
             raise ConfigError("an API key is empty")
+        if any(key != key.strip() for key in self.api_keys):
+            raise ConfigError(
+                "an API key begins or ends with white space, which a client's header would lose"
+            )
 
     @property
     def loopback(self) -> bool:
