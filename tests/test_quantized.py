@@ -18,6 +18,9 @@ import pytest
 from engines import ISAS, Run, random_tokens, same_bits
 from splitfuse import LLM, ConfigError, Engine, EngineConfig, SamplingParams, _core, loader
 
+# Tests of promises name their instruction sets. What integers cost is measured once: every kernel is held to the scalar
+# one elsewhere, and the scalar one would take minutes.
+pytestmark = pytest.mark.machine_independent
 FORMATS = ["int8", "int4"]
 SHARED = random_tokens(300, 400)
 PROMPTS = [random_tokens(301, 1), random_tokens(302, 63), SHARED[:130], SHARED[:257], SHARED]
@@ -49,7 +52,6 @@ def assert_same(run: Run, model: Path, isa: str, quantize: str, dtype: str) -> N
             assert same_bits(run.logits[id][position], logits), f"sequence {id}, position {position}"
 
 
-@pytest.mark.machine_independent
 @every_kernel
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("budget", "threads"), [(3, 2), (64, 1), (257, 3)])
@@ -65,7 +67,6 @@ def test_splitting_never_changes_the_answer(
     assert_same(run, model, isa, quantize, dtype)
 
 
-@pytest.mark.machine_independent
 @every_kernel
 def test_preemption_and_prefix_hits_never_do_either(model: Path, isa: str, quantize: str) -> None:
     blocks = -(-(len(SHARED) + DECODED) // 16) + 3
@@ -79,7 +80,6 @@ def test_preemption_and_prefix_hits_never_do_either(model: Path, isa: str, quant
     assert_same(run, model, isa, quantize, "bfloat16")
 
 
-@pytest.mark.machine_independent
 def test_matrices_take_the_memory_of_their_format() -> None:
     config = loader.load("demo").config
     plans = {q: _core.plan_memory(config, EngineConfig(quantize=q)) for q in ("dense", *FORMATS)}
