@@ -122,11 +122,11 @@ SamplingParams every_parameter(uint64_t seed) {
   return params;
 }
 
-class AllocTest : public ::testing::TestWithParam<std::tuple<DType, KvDType>> {
+class AllocTest : public ::testing::TestWithParam<std::tuple<DType, KvDType, WeightFormat>> {
  protected:
   EngineConfig config(int32_t blocks) const {
     EngineConfig config = tiny_engine();
-    std::tie(config.dtype, config.kv_dtype) = GetParam();
+    std::tie(config.dtype, config.kv_dtype, config.quantize) = GetParam();
     config.threads = 2;
     config.kv_bytes = blocks * config.block_size * plan_memory(tiny_model(), config).kv_bytes_per_token;
     return config;
@@ -227,13 +227,14 @@ TEST_P(AllocTest, ByAPlanBeyondTheBudget) {
   EXPECT_EQ(out->prompt.size(), 3u * 99);
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, AllocTest,
-                         ::testing::Combine(::testing::Values(DType::kF32, DType::kBF16),
-                                            ::testing::Values(KvDType::kAuto, KvDType::kInt8)),
-                         [](const auto& info) {
-                           return std::string(dtype_name(std::get<DType>(info.param))) + "_" +
-                                  kv_dtype_name(std::get<KvDType>(info.param));
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Formats, AllocTest,
+    ::testing::Combine(::testing::Values(DType::kF32, DType::kBF16), ::testing::Values(KvDType::kAuto, KvDType::kInt8),
+                       ::testing::Values(WeightFormat::kDense, WeightFormat::kInt8, WeightFormat::kInt4)),
+    [](const auto& info) {
+      return std::string(dtype_name(std::get<DType>(info.param))) + "_" + kv_dtype_name(std::get<KvDType>(info.param)) +
+             "_" + weight_format_name(std::get<WeightFormat>(info.param));
+    });
 
 }  // namespace
 }  // namespace splitfuse
