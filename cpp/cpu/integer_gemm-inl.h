@@ -274,3 +274,15 @@ void quantize_row(const void* in, int32_t depth, std::byte* out) {
     totals[g] = scale * static_cast<float>(sum);
   }
 }
+
+/// `peak`: GemmKernel's.
+template <class Format, int R, int C>
+GemmKernel integer_kernel(double (*peak)(int64_t rounds)) {
+  return {.width = C * Vec::kLanes,
+          .row_tile = R,
+          .multiply = integer_multiply<Format, R, C>,
+          .widen = nullptr,
+          .quantize_f32 = quantize_row<float>,
+          .quantize_bf16 = quantize_row<uint16_t>,
+          .peak = peak};
+}

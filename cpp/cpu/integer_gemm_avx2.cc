@@ -101,22 +101,11 @@ double peak(int64_t rounds) {
   return 8.0 * kSums * Vec::kLanes * static_cast<double>(rounds);
 }
 
-template <class Format>
-GemmKernel kernel() {
-  return {.width = kRegisters * Vec::kLanes,
-          .row_tile = kRows,
-          .multiply = integer_multiply<Format, kRows, kRegisters>,
-          .widen = nullptr,
-          .quantize_f32 = quantize_row<float>,
-          .quantize_bf16 = quantize_row<uint16_t>,
-          .peak = peak};
-}
-
 }  // namespace
 
 void add_integer_gemm_avx2(GemmTable& table) {
-  table.int8 = kernel<Int8Format>();
-  table.int4 = kernel<Int4Format>();
+  table.int8 = integer_kernel<Int8Format, kRows, kRegisters>(peak);
+  table.int4 = integer_kernel<Int4Format, kRows, kRegisters>(peak);
 }
 
 }  // namespace splitfuse
