@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from serving import PATIENCE, serving, wait_until
-from splitfuse import QueueFull
+from splitfuse import ConfigError, QueueFull
 from splitfuse._intake import Intake
-from splitfuse.server.settings import Limits
+from splitfuse.server.settings import Limits, Settings
 
 pytestmark = pytest.mark.machine_independent
 COMPLETIONS = "/v1/completions"
@@ -109,3 +109,8 @@ def test_keys_do_not_share_cached_prefixes(tiny_llama: Callable[..., Path]) -> N
     with serving(tiny_llama(), api_keys=("one",)) as server:
         assert cached(server.url, "one") == 0
         assert cached(server.url, "one") > 0
+
+
+def test_a_key_that_a_header_would_change_is_refused() -> None:
+    with pytest.raises(ConfigError, match="white space"):
+        Settings("model", api_keys=("secret ",))

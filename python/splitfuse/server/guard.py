@@ -137,10 +137,10 @@ class _Share:
 
     def take(self, count: int) -> None:
         """Raises ApiError 503 if there is no room."""
+        if self._guard.held + count > self._guard.limits.open_bodies:
+            raise ApiError(503, "too many bytes of requests are open: try again later", retry_after=1)
         self._bytes += count
         self._guard.held += count
-        if self._guard.held > self._guard.limits.open_bodies:
-            raise ApiError(503, "too many bytes of requests are open: try again later", retry_after=1)
 
     def give_back(self) -> None:
         self._guard.held -= self._bytes
