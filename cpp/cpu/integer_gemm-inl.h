@@ -8,8 +8,8 @@
 //   dot8(Sums, Weights8, four)    sums + weights times four values of a row
 //   dot4(Sums, Bytes, four)       the same for weights of 0 to 15
 //   load, low, high               Bytes from memory; the low, the high halves of their bytes
-//   to_float(Sums), load_half(p)
-//   Magnitude, none, larger, ...  see quantize_row
+//   to_float(Sums), load_half(p), zero()
+//   load_cells, largest_magnitude, round, store_values   what quantize_row asks for
 //
 // A row's sums are a chain of multiply-adds, group after group, whatever the tile; within a group they are exact.
 

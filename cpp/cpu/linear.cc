@@ -14,7 +14,7 @@ constexpr int64_t kRowBytes = 448 << 10;
 constexpr int64_t kWidenFloats = 256 << 10;
 /// Pieces of a thread's share: small enough that a thread that was held up can be helped.
 constexpr int32_t kPieces = 8;
-/// Rows of up to this many groups in all are quantized by each thread for itself: that is quicker than a fork and join.
+/// Rows of up to this many groups in all are quantized by each thread for itself, which spares a fork and join.
 constexpr int32_t kOwnGroups = 96;
 constexpr int64_t kOwnBytes = int64_t{64} * kOwnGroups;   // a record of one group takes 64
 
