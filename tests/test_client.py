@@ -246,9 +246,14 @@ def test_ctrl_c_cancels(server):
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    raised = threading.Event()
+
     def press():
+        """As a person does: again, where Python lost it (an error inside a weakref's callback reaches nobody)."""
         until(lambda: not idle(server))
-        os.kill(os.getpid(), signal.SIGUSR1)
+        while not raised.is_set():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            raised.wait(5)
 
     handler = signal.signal(signal.SIGUSR1, interrupt)
     thread = threading.Thread(target=press)
@@ -257,7 +262,9 @@ def test_ctrl_c_cancels(server):
             thread.start()
             with pytest.raises(KeyboardInterrupt):
                 server.generate(["the cat"] * 2000, **LONG)
+            raised.set()
     finally:
+        raised.set()
         thread.join()
         signal.signal(signal.SIGUSR1, handler)
     assert server.generate("the cat", max_new_tokens=1)[0].generated_length == 1
