@@ -14,7 +14,7 @@
 // A row's sums are a chain of multiply-adds, group after group, whatever the tile; within a group they are exact.
 
 /// Bytes of a panel that a walk over the tiles of rows covers, so that they stay in the first cache.
-constexpr int32_t kIntegerBlockBytes = 24 << 10;
+constexpr int32_t kIntegerBlockBytes = 28 << 10;
 
 /// The same group of R rows.
 template <int R>
@@ -84,16 +84,8 @@ struct Int8Format {
     }
   }
 
-  /// The panel's scales, once the sums are complete.
-  template <int W>
-  static void scale(float* sums, int32_t rows, const std::byte* tail) {
-    const auto* scales = reinterpret_cast<const float*>(tail);
-    for (int32_t r = 0; r < rows; ++r) {
-      for (int c = 0; c < W; c += Vec::kLanes) {
-        Vec::store(sums + r * W + c, Vec::mul(Vec::load(sums + r * W + c), Vec::load(scales + c)));
-      }
-    }
-  }
+  /// What a panel's sums are multiplied by once they are complete.
+  static const float* scales(const std::byte* tail) { return reinterpret_cast<const float*>(tail); }
 };
 
 struct Int4Format {
@@ -147,8 +139,7 @@ struct Int4Format {
     }
   }
 
-  template <int W>
-  static void scale(float*, int32_t, const std::byte*) {}
+  static const float* scales(const std::byte*) { return nullptr; }
 };
 
 /// One block of groups of one tile of rows against one panel.
@@ -160,26 +151,51 @@ struct IntegerBlock {
   int32_t groups;
   const std::byte* panel;    // of the first group
   float* sums;               // [rows][W]
+  const float* scales;       // [W] for the last block of some formats
+  float* out;                // for the last block: where the sums go instead, at out_stride; or none
+  int64_t out_stride;
+  bool add;                  // to what is in `out`
 };
+
+template <int R, int C>
+[[gnu::always_inline]] inline void begin_sums(const IntegerBlock& block, Vec::Reg (&sums)[R][C]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      sums[r][c] = block.begin == 0 ? Vec::set(0.0f) : Vec::load(block.sums + (r * C + c) * Vec::kLanes);
+    }
+  }
+}
+
+template <int R, int C>
+[[gnu::always_inline]] inline void end_sums(const IntegerBlock& block, Vec::Reg (&sums)[R][C]) {
+  if (block.scales != nullptr) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const Vec::Reg scale = Vec::load(block.scales + c * Vec::kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r][c] = Vec::mul(sums[r][c], scale);
+    }
+  }
+  float* const out = block.out != nullptr ? block.out : block.sums;
+  const int64_t stride = block.out != nullptr ? block.out_stride : C * Vec::kLanes;
+  const bool add = block.out != nullptr && block.add;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      float* const at = out + r * stride + c * Vec::kLanes;
+      Vec::store(at, add ? Vec::add(Vec::load(at), sums[r][c]) : sums[r][c]);
+    }
+  }
+}
 
 /// sums [R][W] += R rows times the block of the panel; from zero at the first group.
 template <class Format, int R, int C>
 void integer_micro(const IntegerBlock& block) {
-  constexpr int W = C * Vec::kLanes;
   Vec::Reg sums[R][C];
-  if (block.begin == 0) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sums[r][c] = Vec::set(0.0f);
-    }
-  } else {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sums[r][c] = Vec::load(block.sums + r * W + c * Vec::kLanes);
-    }
-  }
+  begin_sums(block, sums);
   RowGroup<R> rows = {block.in + block.begin * kQuantGroup, block.in + block.record.scales + 4 * block.begin,
                       block.in + block.record.offsets + 4 * block.begin,
                       block.in + block.record.totals + 4 * block.begin, block.stride};
@@ -189,13 +205,9 @@ void integer_micro(const IntegerBlock& block) {
   for (int32_t g = 0; g < groups; ++g) {
     Format::template group<R, C>(rows, panel, sums);
     rows.advance();
-    panel += Format::group_bytes(W);
+    panel += Format::group_bytes(C * Vec::kLanes);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) Vec::store(block.sums + r * W + c * Vec::kLanes, sums[r][c]);
-  }
+  end_sums(block, sums);
 }
 
 template <class Format, int R, int C>
@@ -207,15 +219,18 @@ template <class Format, int R, int C>
   }
 }
 
-/// As multiply() of gemm-inl.h; here it is a block of the panel that stays in the first cache while all rows pass.
+/// As multiply() of gemm-inl.h; here it is a block of the panel that stays in the first cache while all rows pass. Whole
+/// panels without bias go from the registers to where they belong.
 template <class Format, int R, int C>
 void integer_multiply(const GemmTask& task) {
   constexpr int32_t W = C * Vec::kLanes;
   constexpr int32_t kGroupBytes = Format::group_bytes(W);
   constexpr int32_t kBlockGroups = kIntegerBlockBytes / kGroupBytes;
-  IntegerBlock block;
+  IntegerBlock block = {};
   block.stride = task.in_stride;
   block.record = row_record(task.depth);
+  block.out_stride = task.out_stride;
+  block.add = task.epilogue == Epilogue::kAdd;
   const int32_t all = block.record.groups;
   const int32_t blocks = (all + kBlockGroups - 1) / kBlockGroups;
   const int32_t block_groups = (all + blocks - 1) / blocks;
@@ -223,17 +238,20 @@ void integer_multiply(const GemmTask& task) {
   const int64_t panel_bytes = int64_t{all} * kGroupBytes + Format::tail_bytes(W);
   for (int32_t p = task.panel_begin; p < task.panel_end; ++p) {
     const std::byte* panel = task.panels + p * panel_bytes;
+    const bool direct = task.bias == nullptr && task.epilogue != Epilogue::kGate && task.columns - p * W >= W;
     for (block.begin = 0; block.begin < all; block.begin += block_groups) {
       block.panel = panel + int64_t{block.begin} * kGroupBytes;
       block.groups = all - block.begin < block_groups ? all - block.begin : block_groups;
+      const bool last = block.begin + block.groups == all;
+      block.scales = last ? Format::scales(panel + int64_t{all} * kGroupBytes) : nullptr;
       for (int32_t tile = 0; tile < tiles; ++tile) {  // of equal size, give or take a row
         const auto row = static_cast<int32_t>(int64_t{tile} * task.rows / tiles);
         const int32_t rows = static_cast<int32_t>(int64_t{tile + 1} * task.rows / tiles) - row;
         block.in = static_cast<const std::byte*>(task.in) + row * task.in_stride;
         block.sums = task.sums + (blocks > 1 ? row * W : 0);
+        block.out = last && direct ? static_cast<float*>(task.out) + row * task.out_stride + p * W : nullptr;
         integer_micro_rows<Format, R, C>(rows, block);
-        if (block.begin + block.groups < all) continue;
-        Format::template scale<W>(block.sums, rows, panel + int64_t{all} * kGroupBytes);
+        if (!last || direct) continue;
         if (task.narrow) {
           finish<uint16_t, R, W>(task, p, row, rows, block.sums);
         } else {
