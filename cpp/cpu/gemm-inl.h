@@ -2,11 +2,38 @@
 // for one of them, after a struct Vec: the set's registers Reg of kLanes floats, and what can be done with them.
 // gcc keeps an array of registers in registers only if every loop over it is unrolled by pragma.
 
-/// How far ahead of the arithmetic a panel is fetched, into the next panel at its end. Found by trial: with little
-/// arithmetic for each byte (2 to 8 rows) memory is read at full speed from 6 KiB on, at two thirds of it without; with
-/// many rows it costs nothing.
+constexpr int64_t kLineBytes = 64;
+/// Where a panel passes the rows once, it is fetched this far ahead of the arithmetic, into the next panel at its end.
+/// Found by trial: memory is read at full speed from 6 KiB on, at two thirds of it without.
 constexpr int64_t kAheadBytes = 8192;
-constexpr size_t kLineBytes = 64;
+
+/// Brings weights to the caches before they are asked for. Where several tiles of rows pass over a block of a panel,
+/// each fetches its part of the next block, so that memory is as busy with the last tile as with the first.
+class Ahead {
+ public:
+  /// For tile `tile` of `tiles` over `bytes` from `block` on.
+  Ahead(const void* block, int64_t bytes, int32_t tile, int32_t tiles)
+      : at_(static_cast<const char*>(block) + (tiles == 1 ? kAheadBytes : bytes + bytes * tile / tiles)),
+        tiles_(tiles) {}
+
+  /// While the tile passes the next `Bytes` of the block.
+  template <int32_t Bytes>
+  [[gnu::always_inline]] void fetch() {
+    if (tiles_ == 1) {
+#pragma GCC unroll 32
+      for (int64_t i = 0; i < Bytes; i += kLineBytes) __builtin_prefetch(at_ + i);
+      at_ += Bytes;
+      return;
+    }
+    due_ += Bytes;
+    for (; due_ > 0; due_ -= kLineBytes * tiles_, at_ += kLineBytes) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char* at_;
+  int64_t tiles_;
+  int64_t due_ = 0;  // bytes passed that no line was fetched for
+};
 
 // ---- Formats: how one step along k multiplies R rows with a panel of C registers' width
 
@@ -145,6 +172,8 @@ struct Block {
   int32_t steps;
   bool from_zero;  // or from where the sums stand
   float* sums;  // [rows][W]
+  int32_t tile;  // of `tiles` that pass over this block of the panel
+  int32_t tiles;
 };
 
 /// sums [R][W] += R rows times the panel.
@@ -170,13 +199,11 @@ void micro(const Block<Format>& block) {
   const typename Format::Weight* panel = block.panel;
   const int64_t stride = block.stride;
   const int32_t steps = block.steps;
+  constexpr int32_t kStepBytes = Format::kPerStep * W * int32_t{sizeof(typename Format::Weight)};
+  Ahead ahead(panel, int64_t{steps} * kStepBytes, block.tile, block.tiles);
 #pragma GCC unroll 1
   for (int32_t s = 0; s < steps; ++s) {
-    const auto* fetched = reinterpret_cast<const char*>(panel) + kAheadBytes;
-#pragma GCC unroll 8
-    for (size_t i = 0; i < Format::kPerStep * W * sizeof(typename Format::Weight); i += kLineBytes) {
-      __builtin_prefetch(fetched + i);
-    }
+    ahead.fetch<kStepBytes>();
     Format::template step<R, C>(in, stride, panel, acc);
     in += Format::kPerStep;
     panel += Format::kPerStep * W;
@@ -236,11 +263,13 @@ void multiply(const GemmTask& task) {
       block.panel = panel + begin * kStepWeights;
       block.steps = steps - begin < block_steps ? steps - begin : block_steps;
       block.from_zero = begin == 0;
+      block.tiles = tiles;
       for (int32_t tile = 0; tile < tiles; ++tile) {  // of equal size, give or take a row
         const int32_t row = static_cast<int32_t>(int64_t{tile} * task.rows / tiles);
         const int32_t rows = static_cast<int32_t>(int64_t{tile + 1} * task.rows / tiles) - row;
         block.in = static_cast<const In*>(task.in) + row * task.in_stride + int64_t{begin} * Format::kPerStep;
         block.sums = task.sums + (blocks > 1 ? row * W : 0);
+        block.tile = tile;
         micro_rows<Format, R, C>(rows, block);
         if (begin + block.steps == steps) finish<typename Format::Out, R, W>(task, p, row, rows, block.sums);
       }

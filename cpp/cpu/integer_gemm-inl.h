@@ -45,13 +45,6 @@ struct RowGroup {
   }
 };
 
-/// Fetches what comes kAheadBytes after C registers of a panel.
-template <int C>
-[[gnu::always_inline]] inline void fetch_ahead(const std::byte* panel) {
-#pragma GCC unroll 8
-  for (size_t i = 0; i < C * 4 * Vec::kLanes; i += kLineBytes) __builtin_prefetch(panel + kAheadBytes + i);
-}
-
 struct Int8Format {
   static constexpr int32_t group_bytes(int32_t width) { return kQuantGroup * width; }
   static constexpr int32_t tail_bytes(int32_t width) { return 4 * width; }   // behind all groups
@@ -66,7 +59,6 @@ struct Int8Format {
     }
 #pragma GCC unroll 8
     for (int step = 0; step < kQuantGroup / 4; ++step) {
-      fetch_ahead<C>(panel + step * C * 4 * Vec::kLanes);
       typename Int::Weights8 weights[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) weights[c] = Int::prepare8(Int::load(panel + (step * C + c) * 4 * Vec::kLanes));
@@ -103,7 +95,6 @@ struct Int4Format {
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kLoads; ++i) {
-      fetch_ahead<C>(panel + i * C * 4 * Vec::kLanes);
       typename Int::Bytes both[C];
       typename Int::Bytes weights[C];
 #pragma GCC unroll 8
@@ -124,7 +115,6 @@ struct Int4Format {
         for (int c = 0; c < C; ++c) dots[r][c] = Int::dot4(dots[r][c], weights[c], rows.four(r, kLoads + i));
       }
     }
-    fetch_ahead<C>(panel + kLoads * C * 4 * Vec::kLanes);
     const auto* scales = reinterpret_cast<const uint16_t*>(panel + kLoads * C * 4 * Vec::kLanes);
     const uint16_t* minima = scales + C * Vec::kLanes;
 #pragma GCC unroll 8
@@ -150,6 +140,8 @@ struct IntegerBlock {
   int32_t begin;             // the first group
   int32_t groups;
   const std::byte* panel;    // of the first group
+  int32_t tile;              // of `tiles` that pass over this block
+  int32_t tiles;
   float* sums;               // [rows][W]
   const float* scales;       // [W] for the last block of some formats
   float* out;                // for the last block: where the sums go instead, at out_stride; or none
@@ -201,11 +193,14 @@ void integer_micro(const IntegerBlock& block) {
                       block.in + block.record.totals + 4 * block.begin, block.stride};
   const std::byte* panel = block.panel;
   const int32_t groups = block.groups;
+  constexpr int32_t kGroupBytes = Format::group_bytes(C * Vec::kLanes);
+  Ahead ahead(panel, int64_t{groups} * kGroupBytes, block.tile, block.tiles);
 #pragma GCC unroll 1
   for (int32_t g = 0; g < groups; ++g) {
+    ahead.fetch<kGroupBytes>();
     Format::template group<R, C>(rows, panel, sums);
     rows.advance();
-    panel += Format::group_bytes(C * Vec::kLanes);
+    panel += kGroupBytes;
   }
   end_sums(block, sums);
 }
@@ -219,8 +214,8 @@ template <class Format, int R, int C>
   }
 }
 
-/// As multiply() of gemm-inl.h; here it is a block of the panel that stays in the first cache while all rows pass. Whole
-/// panels without bias go from the registers to where they belong.
+/// As multiply() of gemm-inl.h; here it is a block of the panel that stays in the first cache while all rows pass.
+/// Whole panels without bias go from the registers to where they belong.
 template <class Format, int R, int C>
 void integer_multiply(const GemmTask& task) {
   constexpr int32_t W = C * Vec::kLanes;
@@ -235,6 +230,7 @@ void integer_multiply(const GemmTask& task) {
   const int32_t blocks = (all + kBlockGroups - 1) / kBlockGroups;
   const int32_t block_groups = (all + blocks - 1) / blocks;
   const int32_t tiles = (task.rows + R - 1) / R;
+  block.tiles = tiles;
   const int64_t panel_bytes = int64_t{all} * kGroupBytes + Format::tail_bytes(W);
   for (int32_t p = task.panel_begin; p < task.panel_end; ++p) {
     const std::byte* panel = task.panels + p * panel_bytes;
@@ -249,6 +245,7 @@ void integer_multiply(const GemmTask& task) {
         const int32_t rows = static_cast<int32_t>(int64_t{tile + 1} * task.rows / tiles) - row;
         block.in = static_cast<const std::byte*>(task.in) + row * task.in_stride;
         block.sums = task.sums + (blocks > 1 ? row * W : 0);
+        block.tile = tile;
         block.out = last && direct ? static_cast<float*>(task.out) + row * task.out_stride + p * W : nullptr;
         integer_micro_rows<Format, R, C>(rows, block);
         if (!last || direct) continue;
