@@ -35,6 +35,8 @@ constexpr int kRows = kAttentionRows;
 constexpr int kTile = kAttentionTile;
 constexpr int kColumn = kAttentionColumn;
 constexpr int kTileColumns = kTile / kColumn;
+constexpr int kLine = 64;
+constexpr int kLead = 512;   // lines from fetching to use, found by trial
 constexpr int kPack = 8;   // query elements of one row that lie together: every head_dim is a multiple
 constexpr float kMostWeight = 32767.0f;   // of 16 bits: 256 products with int8, a tile of values, stay below 2^31
 
@@ -66,10 +68,8 @@ struct Attend {
     const char* values[kTileColumns];
     const float* key_scales[kTileColumns];     // int8 alone
     const float* value_scales[kTileColumns];
-    const char* next_keys[kTileColumns];
-    const float* next_scales[kTileColumns];    // of the next keys
-    int next;              // columns of the next tile to fetch while this one is worked on
-    bool fetch;            // whether to fetch this tile's values while its scores are made
+    const AttentionItem* item;
+    AttentionAhead* ahead;   // null: nothing is fetched
     int64_t key_bytes;     // from one row of K to the next
     int64_t value_bytes;
     int head_dim;
@@ -82,19 +82,121 @@ struct Attend {
     float* scales;
   };
 
-  // With few query rows K and V come from memory at its full speed, if it is told early enough: hardware looks ahead
-  // within a page of 4 KiB only.
-  static inline void prefetch_keys(const Tile& tile, int column) {
-    const char* at = tile.next_keys[column];
-    const int rows = tile.head_dim * F::kPairRows / 2;
-    for (int i = 0; i < rows; ++i, at += tile.key_bytes) __builtin_prefetch(at, 0, 2);
-    if constexpr (F::kInt8) __builtin_prefetch(tile.next_scales[column], 0, 2);
+  // ---- Fetching ahead. With few query rows K and V come from memory, which is read at full speed only if it is told
+  // some KiB ahead. Hardware looks ahead within a page of 4 KiB, about a head's part of a block; so lines are fetched
+  // here in the order in which they will be used, as many for each step as it uses. In bursts most would be dropped.
+
+  static const char* block_at(const KvLayout& layout, const std::byte* kv, const int32_t* block_table, int column) {
+    return reinterpret_cast<const char*>(kv) + block_table[column / (layout.block_size / kColumn)] * layout.block_bytes;
   }
-  static inline void prefetch_values(const Tile& tile, int column) {
-    const char* at = tile.values[column];
-    const int64_t bytes = kColumn / 2 * F::kPairRows * tile.value_bytes;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-    if constexpr (F::kInt8) __builtin_prefetch(tile.value_scales[column], 0, 2);
+  static const char* keys_at(const KvLayout& layout, const char* block, int column) {
+    return block + column % (layout.block_size / kColumn) * kColumnBytes;
+  }
+  static const char* values_at(const KvLayout& layout, const char* block, int column) {
+    const int within = column % (layout.block_size / kColumn);
+    return block + layout.value_offset +
+           int64_t{within} * (kColumn / 2 * F::kPairRows * F::kLaneBytes) * layout.padded_dim;
+  }
+  static const float* key_scales_at(const KvLayout& layout, const char* block, int column) {
+    return reinterpret_cast<const float*>(block + layout.scale_offset) +
+           column % (layout.block_size / kColumn) * kColumn;
+  }
+
+  // The next lines are `count` at distances of `stride`.
+  static void fill_lines(const char* at, int64_t stride, int64_t count, AttentionAhead& ahead) {
+    for (int i = 0; i < kAheadLines; ++i) ahead.lines[i] = at + i * stride;
+    ahead.stride = kAheadLines * stride;
+    ahead.rows = static_cast<int32_t>((count + kAheadLines - 1) / kAheadLines);
+    ahead.offset = 0;
+  }
+
+  // The next lines: a column of values, or a block of keys, or a column of keys where the tile has not all of a block.
+  static void fill(const KvLayout& layout, AttentionAhead& ahead) {
+    const int block_columns = layout.block_size / kColumn;
+    const int column = ahead.begin / kColumn + ahead.column;
+    const char* block = block_at(layout, ahead.kv, ahead.block_table, column);
+    if (ahead.values) {
+      const int64_t bytes = int64_t{kColumn / 2 * F::kPairRows * F::kLaneBytes} * layout.padded_dim;
+      fill_lines(values_at(layout, block, column), kLine, bytes / kLine, ahead);
+      ++ahead.column;
+      return;
+    }
+    if constexpr (F::kInt8) {
+      const float* scales = key_scales_at(layout, block, column);
+      __builtin_prefetch(scales, 0, 2);
+      __builtin_prefetch(scales + layout.block_size, 0, 2);
+    }
+    const char* at = keys_at(layout, block, column);
+    const int64_t row_bytes = int64_t{layout.block_size} * F::kLaneBytes;
+    const int rows = layout.head_dim * F::kPairRows / 2;
+    const bool whole = column % block_columns == 0 && ahead.columns - ahead.column >= block_columns;
+    whole ? fill_lines(at, kLine, rows * row_bytes / kLine, ahead) : fill_lines(at, row_bytes, rows, ahead);
+    ahead.column += whole ? block_columns : 1;
+  }
+
+  static void enter_tile(AttentionAhead& ahead) {
+    ahead.values = false;
+    ahead.column = 0;
+    ahead.columns = (least(kTile, ahead.past - ahead.begin) + kColumn - 1) / kColumn;
+  }
+
+  // Goes on to the next lines: keys of a tile, then its values, the next tile, the next item. False at the end.
+  static bool refill(const AttentionItem& item, AttentionAhead& ahead) {
+    if (ahead.column == ahead.columns) {
+      if (!ahead.values) {
+        ahead.values = true;
+        ahead.column = 0;
+      } else if (ahead.begin + kTile < ahead.past) {
+        ahead.begin += kTile;
+        enter_tile(ahead);
+      } else if (item.next_kv != nullptr && !ahead.in_next) {
+        ahead.in_next = true;
+        ahead.kv = item.next_kv;
+        ahead.block_table = item.next_block_table;
+        ahead.begin = item.next_begin;
+        ahead.past = item.next_past;
+        enter_tile(ahead);
+      } else {
+        return false;
+      }
+    }
+    fill(item.layout, ahead);
+    return true;
+  }
+
+  static inline void fetch(const Tile& tile) {
+    AttentionAhead& ahead = *tile.ahead;
+    if (ahead.rows == 0 && !refill(*tile.item, ahead)) return;
+#pragma GCC unroll 8
+    for (int i = 0; i < kAheadLines; ++i) __builtin_prefetch(ahead.lines[i] + ahead.offset, 0, 2);
+    ahead.offset += ahead.stride;
+    --ahead.rows;
+  }
+
+  // For one step in a row of them, which reads `Bytes`.
+  template <int Bytes>
+  static inline void fetch_for(const Tile& tile, int step) {
+    constexpr int kBytes = kAheadLines * kLine;
+    constexpr int kSteps = Bytes < kBytes ? kBytes / Bytes : 1;
+    if (tile.ahead == nullptr || step % kSteps != 0) return;
+#pragma GCC unroll 4
+    for (int i = 0; i < (Bytes + kBytes - 1) / kBytes; ++i) fetch(tile);
+  }
+
+  // Where an item begins: the one before has fetched its first lines, or nobody has.
+  static void begin_fetching(const AttentionItem& item, const Tile& tile) {
+    AttentionAhead& ahead = *tile.ahead;
+    if (ahead.in_next) {
+      ahead.in_next = false;
+      return;
+    }
+    ahead.kv = item.kv;
+    ahead.block_table = item.block_table;
+    ahead.begin = item.first_segment * kAttentionSegment;
+    ahead.past = least(item.first + item.positions, item.last_segment * kAttentionSegment);
+    ahead.rows = 0;
+    enter_tile(ahead);
+    for (int i = 0; i < kLead / kAheadLines; ++i) fetch(tile);
   }
 
   // ---- Register tiles
@@ -117,6 +219,7 @@ struct Attend {
     for (int d = 0; d < tile.head_dim; d += kPack) {
 #pragma GCC unroll 8
       for (int pair = 0; pair < kPack; pair += 2) {
+        fetch_for<NV * kLanes * F::kPairRows * F::kLaneBytes>(tile, pair / 2);
 #pragma GCC unroll 2
         for (int step = 0; step < F::kSteps; ++step) {
           typename F::Factors key[NV];
@@ -175,8 +278,8 @@ struct Attend {
     for (int pair = begin; pair < end;) {
       const char* at = columns[pair / kPairs] + offset + (pair % kPairs) * pair_bytes;
       const int stop = least(end, (pair / kPairs + 1) * kPairs);
-      if (offset == 0 && pair / kPairs < tile.next) prefetch_keys(tile, pair / kPairs);
       for (; pair < stop; ++pair, at += pair_bytes) {
+        fetch_for<NV * kLanes * F::kPairRows * F::kLaneBytes>(tile, pair);
 #pragma GCC unroll 2
         for (int half = 0; half < F::kSteps; ++half) {
           typename F::Factors value[NV];
@@ -229,9 +332,6 @@ struct Attend {
     const int vecs = (keys + kLanes - 1) / kLanes;
     int v = 0;
     for (; v + kVecs <= vecs; v += kVecs) {
-      if (tile.fetch) {
-        for (int i = 0; i < kVecs / kColumnVecs; ++i) prefetch_values(tile, v / kColumnVecs + i);
-      }
       scores<MR, kVecs>(tile, v / kColumnVecs, q, out + v * kLanes);
     }
     // The rest by whole columns: what lies past the last key is never looked at.
@@ -412,35 +512,17 @@ struct Attend {
 
   // ---- One item
 
-  static const char* block_of(const AttentionItem& item, int column, int* within) {
-    const int block_columns = item.layout.block_size / kColumn;
-    *within = column % block_columns;
-    return reinterpret_cast<const char*>(item.kv) + item.block_table[column / block_columns] * item.layout.block_bytes;
-  }
-
-  static const float* key_scales(const AttentionItem& item, const char* block) {
-    return reinterpret_cast<const float*>(block + item.layout.scale_offset);
-  }
-
-  // The columns of keys [begin, end), and those of the following tile's [begin + kTile, past) that may be fetched.
+  // The columns of keys [begin, past) of one tile.
   static void find_columns(const AttentionItem& item, int begin, int past, Tile& tile) {
-    int within = 0;
-    const int end = least(begin + kTile, past);
-    for (int i = 0; begin + i * kColumn < end; ++i) {
-      const char* block = block_of(item, begin / kColumn + i, &within);
-      tile.keys[i] = block + within * kColumnBytes;
-      tile.values[i] = block + item.layout.value_offset + within * (kColumn / 2) * F::kPairRows * tile.value_bytes;
+    for (int i = 0; begin + i * kColumn < past; ++i) {
+      const int column = begin / kColumn + i;
+      const char* block = block_at(item.layout, item.kv, item.block_table, column);
+      tile.keys[i] = keys_at(item.layout, block, column);
+      tile.values[i] = values_at(item.layout, block, column);
       if constexpr (F::kInt8) {
-        tile.key_scales[i] = key_scales(item, block) + within * kColumn;
+        tile.key_scales[i] = key_scales_at(item.layout, block, column);
         tile.value_scales[i] = tile.key_scales[i] + item.layout.block_size;
       }
-    }
-    tile.next = 0;
-    if (!tile.fetch) return;
-    for (; begin + kTile + tile.next * kColumn < least(begin + 2 * kTile, past); ++tile.next) {
-      const char* block = block_of(item, begin / kColumn + kTileColumns + tile.next, &within);
-      tile.next_keys[tile.next] = block + within * kColumnBytes;
-      if constexpr (F::kInt8) tile.next_scales[tile.next] = key_scales(item, block) + within * kColumn;
     }
   }
 
@@ -494,18 +576,18 @@ struct Attend {
 
   static void segment(const AttentionItem& item, const Queries& q, int index, const State& state) {
     const int rows = item.positions * item.group;
-    const int known = item.first + item.positions;
-    const int past = least((index + 1) * kAttentionSegment, known);
+    const int past = least((index + 1) * kAttentionSegment, item.first + item.positions);
     Tile tile;
     tile.head_dim = item.layout.head_dim;
     tile.padded_dim = item.layout.padded_dim;
     tile.key_bytes = item.layout.block_size * F::kLaneBytes;
     tile.value_bytes = tile.padded_dim * F::kLaneBytes;
-    const bool few = rows <= 4 * kRows;
+    tile.item = &item;
     reset(item, state);
     for (int begin = index * kAttentionSegment; begin < past; begin += kTile) {
-      tile.fetch = few;
-      find_columns(item, begin, known, tile);
+      find_columns(item, begin, least(past, begin + kTile), tile);
+      tile.ahead = item.ahead;
+      if (tile.ahead != nullptr && begin == item.first_segment * kAttentionSegment) begin_fetching(item, tile);
       for (int row = 0; row < rows; row += kRows) {
         const int count = least(kRows, rows - row);
         int keys[kRows];
@@ -516,8 +598,7 @@ struct Attend {
         if (keys[count - 1] == 0) continue;
         tile_group(tile, {q.weights + row * tile.head_dim, q.scales + row}, count, keys, state.m + row, state.l + row,
                    state.o + static_cast<int64_t>(row) * tile.padded_dim);
-        tile.fetch = false;   // the first rows fetched for all
-        tile.next = 0;
+        tile.ahead = nullptr;   // the first rows fetched for all
       }
     }
   }

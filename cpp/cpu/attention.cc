@@ -308,16 +308,34 @@ void PagedAttention::attention(const void* q, int32_t layer, void* out) {
   }
   next_item_.store(0, std::memory_order_relaxed);
   pool_.run([&](int thread) {
-    for (;;) {
-      const int64_t item = next_item_.fetch_add(1, std::memory_order_relaxed);
-      if (item >= items) return;
-      run_item(entries_[static_cast<size_t>(item / kv_heads)], static_cast<int32_t>(item % kv_heads), layer, q, out,
-               thread);
+    // One item ahead of the work, so that its keys and values can be fetched meanwhile.
+    AttentionAhead ahead;
+    for (int64_t index = next_item_.fetch_add(1, std::memory_order_relaxed); index < items;) {
+      const int64_t next = next_item_.fetch_add(1, std::memory_order_relaxed);
+      const Entry& entry = entries_[static_cast<size_t>(index / kv_heads)];
+      const auto head = static_cast<int32_t>(index % kv_heads);
+      AttentionItem item = make_item(entry, head, layer, q, out, thread);
+      if (few_rows(entry)) {
+        item.ahead = &ahead;
+        if (next < items) announce(entries_[static_cast<size_t>(next / kv_heads)], next % kv_heads, layer, item);
+      }
+      run_item(entry, head, item);
+      index = next;
     }
   });
 }
 
-void PagedAttention::run_item(const Entry& entry, int32_t head, int32_t layer, const void* q, void* out, int thread) {
+void PagedAttention::announce(const Entry& entry, int64_t head, int32_t layer, AttentionItem& item) const {
+  if (!few_rows(entry)) return;
+  const RaggedSeq& seq = batch_.seqs[static_cast<size_t>(entry.seq)];
+  item.next_kv = kv_ + layer * layout_.layer_bytes + head * layout_.head_bytes;
+  item.next_block_table = seq.block_table;
+  item.next_begin = entry.first_segment * kAttentionSegment;
+  item.next_past = std::min(seq.computed + entry.offset + entry.positions, entry.last_segment * kAttentionSegment);
+}
+
+AttentionItem PagedAttention::make_item(const Entry& entry, int32_t head, int32_t layer, const void* q, void* out,
+                                        int thread) const {
   const RaggedSeq& seq = batch_.seqs[static_cast<size_t>(entry.seq)];
   AttentionItem item;
   item.layout = layout_;
@@ -335,6 +353,10 @@ void PagedAttention::run_item(const Entry& entry, int32_t head, int32_t layer, c
   item.scale = shape_.scale * std::numbers::log2e_v<float>;
   item.state_floats = state_floats(entry.positions);
   item.scratch = scratch_ + room_.thread * thread;
+  return item;
+}
+
+void PagedAttention::run_item(const Entry& entry, int32_t head, AttentionItem& item) {
   if (entry.split < 0) return kernels_.attend(item);
 
   const Split& split = splits_[static_cast<size_t>(entry.split)];

@@ -76,7 +76,10 @@ class PagedAttention {
   template <class Cell>
   void rope_write_column(const float* qkv, int32_t layer, int64_t row, int64_t count, int32_t block, int64_t within,
                          int thread);
-  void run_item(const Entry& entry, int32_t head, int32_t layer, const void* q, void* out, int thread);
+  AttentionItem make_item(const Entry& entry, int32_t head, int32_t layer, const void* q, void* out, int thread) const;
+  bool few_rows(const Entry& entry) const { return entry.positions * group_ <= kAttentionFewRows; }
+  void announce(const Entry& entry, int64_t head, int32_t layer, AttentionItem& item) const;
+  void run_item(const Entry& entry, int32_t head, AttentionItem& item);
 
   DType dtype_;
   Isa isa_;

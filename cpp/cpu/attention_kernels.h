@@ -29,6 +29,10 @@ inline constexpr int32_t kAttentionTile = 256;
 inline constexpr int32_t kAttentionSegment = 512;
 /// Query rows of one register tile, on every instruction set.
 inline constexpr int32_t kAttentionRows = 6;
+/// Items of up to this many query rows wait for memory rather than for arithmetic.
+inline constexpr int32_t kAttentionFewRows = 4 * kAttentionRows;
+/// Lines of memory that are fetched at once.
+inline constexpr int32_t kAheadLines = 4;
 /// Largest magnitude of a key or value in int8.
 inline constexpr float kMostInt8 = 127.0f;
 
@@ -41,6 +45,22 @@ struct KvLayout {
   int64_t head_bytes = 0;
   int64_t layer_bytes = 0;
   int64_t block_bytes = 0;
+};
+
+/// Where a thread's fetching of keys and values has come to, some lines ahead of their use.
+struct AttentionAhead {
+  const std::byte* kv = nullptr;        // as an item's
+  const int32_t* block_table = nullptr;
+  int32_t begin = 0;                    // the tile's first key
+  int32_t past = 0;                     // one past the item's last
+  bool in_next = false;                 // whether it is in the item that comes next
+  bool values = false;                  // or keys
+  int32_t column = 0;                   // the tile's first that is not in `lines`
+  int32_t columns = 0;                  // of the tile
+  const char* lines[kAheadLines] = {};  // fetched at `offset`, which then grows by `stride`, `rows` times
+  int64_t offset = 0;
+  int64_t stride = 0;
+  int32_t rows = 0;
 };
 
 /// The running softmax of `rows` rows: floats m [rows up to 16], l [same], o [rows][padded_dim]; m the maximum
@@ -61,6 +81,11 @@ struct AttentionItem {
   float* partials = nullptr;            // null: write `out`; else one state per segment, from the item's first
   int64_t state_floats = 0;
   float* scratch = nullptr;             // attention_scratch_floats()
+  AttentionAhead* ahead = nullptr;      // the thread's, where the item waits for memory
+  const std::byte* next_kv = nullptr;   // the item that the thread comes to next, for it to be fetched; or none
+  const int32_t* next_block_table = nullptr;
+  int32_t next_begin = 0;               // its first key
+  int32_t next_past = 0;                // one past its last
 };
 
 struct AttentionKernels {

@@ -117,15 +117,18 @@ py::dict linear_us(int32_t n, int32_t k, bool gated, int32_t rows, const std::st
 
 py::dict attention_us(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t context, int32_t seqs, int32_t chunk,
                       const std::string& dtype, int threads, const std::string& isa, double seconds, int32_t block_size,
-                      const std::string& kv_dtype) {
+                      const std::string& kv_dtype, bool cold) {
   const int32_t length = context + chunk;
   const int32_t blocks = ceil_div(length, block_size);
   const int32_t rows = seqs * chunk;
   const int32_t columns = (heads + 2 * kv_heads) * head_dim;
-  const AttentionShape shape = {{1, kv_heads, head_dim, block_size, blocks * seqs, kv_dtype_from_name(kv_dtype)},
-                                heads,
-                                0.125f,
-                                std::vector<float>(static_cast<size_t>(head_dim) / 2, 0.01f)};
+  AttentionShape shape = {{1, kv_heads, head_dim, block_size, blocks * seqs, kv_dtype_from_name(kv_dtype)},
+                          heads,
+                          0.125f,
+                          std::vector<float>(static_cast<size_t>(head_dim) / 2, 0.01f)};
+  const int64_t layer_bytes =
+      blocks * seqs * make_cpu_backend(dtype_from_name(dtype), threads, isa)->kv_block_bytes(shape.kv);
+  shape.kv.layers = cold ? static_cast<int32_t>(kColdBytes / layer_bytes) + 1 : 1;
   Prepared prepared = prepare(dtype, threads, isa, shape, {rows, seqs, length, 1, 1});
   Backend& backend = *prepared.backend;
 
@@ -148,13 +151,16 @@ py::dict attention_us(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t
     for (RaggedSeq& seq : ragged) seq.computed = computed;
     for (int32_t row = 0; row < rows; ++row) positions[static_cast<size_t>(row)] = computed + row % chunk;
     backend.begin({tokens, positions, ragged, {}});
-    backend.rope_write_kv(reinterpret_cast<const float*>(qkv.data()), 0, q.data());
+    for (int32_t layer = 0; layer < shape.kv.layers; ++layer) {
+      backend.rope_write_kv(reinterpret_cast<const float*>(qkv.data()), layer, q.data());
+    }
   }
-  const Times times = time_calls(seconds, [&] { backend.attention(q.data(), 0, out.data()); });
+  int32_t turn = 0;
+  const Times times = time_calls(seconds, [&] { backend.attention(q.data(), turn++ % shape.kv.layers, out.data()); });
 
   const double pairs = static_cast<double>(seqs) * chunk * (context + 0.5 * (chunk + 1));
   const double keys = static_cast<double>(seqs) * length;
-  const double kv_bytes = static_cast<double>(backend.kv_block_bytes(shape.kv)) / block_size;
+  const double kv_bytes = static_cast<double>(backend.kv_block_bytes(shape.kv)) / shape.kv.layers / block_size;
   return result_of(times, 4.0 * pairs * heads * head_dim, keys * kv_bytes);
 }
 
@@ -197,7 +203,7 @@ void register_bench(py::module_& module) {
   bench.def("attention_us", &attention_us, py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
             py::arg("context"), py::arg("seqs") = 1, py::arg("chunk") = 1, py::arg("dtype") = "bfloat16",
             py::arg("threads") = 0, py::arg("isa") = "auto", py::arg("seconds") = 0.2, py::arg("block_size") = 32,
-            py::arg("kv_dtype") = "auto",
+            py::arg("kv_dtype") = "auto", py::arg("cold") = true,
             "Attention of `seqs` chunks of `chunk` rows after `context` positions, as linear_us; gbps counts each\n"
             "sequence's keys and values once.");
   bench.def("barrier_us", &barrier_us, py::arg("threads") = 0, "One empty fork and join of the thread pool.");
