@@ -9,7 +9,7 @@
 //   dot4(Sums, Bytes, four)       the same for weights of 0 to 15
 //   load, low, high               Bytes from memory; the low, the high halves of their bytes
 //   to_float(Sums), load_half(p), zero()
-//   load_cells, largest_magnitude, round, store_values   what quantize_row asks for
+//   load_cells, largest_magnitude, round, store_group   what quantize_row asks for
 //
 // A row's sums are a chain of multiply-adds, group after group, whatever the tile; within a group they are exact.
 
@@ -50,7 +50,8 @@ struct Int8Format {
   static constexpr int32_t tail_bytes(int32_t width) { return 4 * width; }   // behind all groups
 
   template <int R, int C>
-  [[gnu::always_inline]] static void group(const RowGroup<R>& rows, const std::byte* panel, Vec::Reg (&sums)[R][C]) {
+  [[gnu::always_inline]] static void group(const RowGroup<R>& rows, const std::byte* panel, Ahead& ahead,
+                                           Vec::Reg (&sums)[R][C]) {
     typename Int::Sums dots[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -59,6 +60,7 @@ struct Int8Format {
     }
 #pragma GCC unroll 8
     for (int step = 0; step < kQuantGroup / 4; ++step) {
+      ahead.fetch<4 * C * Vec::kLanes>();
       typename Int::Weights8 weights[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) weights[c] = Int::prepare8(Int::load(panel + (step * C + c) * 4 * Vec::kLanes));
@@ -85,7 +87,8 @@ struct Int4Format {
   static constexpr int32_t tail_bytes(int32_t) { return 0; }
 
   template <int R, int C>
-  [[gnu::always_inline]] static void group(const RowGroup<R>& rows, const std::byte* panel, Vec::Reg (&sums)[R][C]) {
+  [[gnu::always_inline]] static void group(const RowGroup<R>& rows, const std::byte* panel, Ahead& ahead,
+                                           Vec::Reg (&sums)[R][C]) {
     constexpr int kLoads = kQuantGroup / 8;
     typename Int::Sums dots[R][C];
 #pragma GCC unroll 8
@@ -95,6 +98,7 @@ struct Int4Format {
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kLoads; ++i) {
+      ahead.fetch<4 * C * Vec::kLanes>();
       typename Int::Bytes both[C];
       typename Int::Bytes weights[C];
 #pragma GCC unroll 8
@@ -115,6 +119,7 @@ struct Int4Format {
         for (int c = 0; c < C; ++c) dots[r][c] = Int::dot4(dots[r][c], weights[c], rows.four(r, kLoads + i));
       }
     }
+    ahead.fetch<4 * C * Vec::kLanes>();
     const auto* scales = reinterpret_cast<const uint16_t*>(panel + kLoads * C * 4 * Vec::kLanes);
     const uint16_t* minima = scales + C * Vec::kLanes;
 #pragma GCC unroll 8
@@ -197,8 +202,7 @@ void integer_micro(const IntegerBlock& block) {
   Ahead ahead(panel, int64_t{groups} * kGroupBytes, block.tile, block.tiles);
 #pragma GCC unroll 1
   for (int32_t g = 0; g < groups; ++g) {
-    ahead.fetch<kGroupBytes>();
-    Format::template group<R, C>(rows, panel, sums);
+    Format::template group<R, C>(rows, panel, ahead, sums);
     rows.advance();
     panel += kGroupBytes;
   }
@@ -277,12 +281,12 @@ void quantize_row(const void* in, int32_t depth, std::byte* out) {
     // NaN for NaN, 0 for what is too small to be divided by.
     const float inverse = largest >= 0x1p-100f ? 127.0f / largest : 0.0f;
     const bool finite = largest < __builtin_inff();
-    int32_t sum = 0;
+    typename Int::Sums whole[kRegs];
 #pragma GCC unroll 4
     for (int i = 0; i < kRegs; ++i) {
-      const auto whole = Int::round(Vec::mul(x[i], Vec::set(finite ? inverse : 0.0f)));
-      sum += Int::store_values(finite ? whole : Int::zero(), values + g * kQuantGroup + i * Vec::kLanes);
+      whole[i] = finite ? Int::round(Vec::mul(x[i], Vec::set(inverse))) : Int::zero();
     }
+    const int32_t sum = Int::store_group(whole, values + g * kQuantGroup);
     const float scale = finite ? largest * (1.0f / 127.0f) : __builtin_nanf("");
     scales[g] = scale;
     offsets[g] = -kWeightBias * sum;

@@ -60,12 +60,17 @@ struct Int {
     return value;
   }
   static Sums round(__m256 x) { return _mm256_cvtps_epi32(x); }
-  /// Returns their sum.
-  static int32_t store_values(Sums x, signed char* out) {
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
-    const __m128i pairs = _mm_madd_epi16(words, _mm_set1_epi16(1));
-    const __m128i two = _mm_add_epi32(pairs, _mm_shuffle_epi32(pairs, 0x4e));
+  /// Stores a group in 8 bits and returns its sum.
+  static int32_t store_group(const Sums (&x)[4], signed char* out) {
+    __m256i sums = zero();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x[i]), _mm256_extracti128_si256(x[i], 1));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 8 * i), _mm_packs_epi16(words, words));
+      sums = _mm256_add_epi32(sums, x[i]);
+    }
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
   }
 

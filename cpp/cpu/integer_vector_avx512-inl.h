@@ -31,9 +31,10 @@ struct IntAvx512 {
     return value;
   }
   static Sums round(__m512 x) { return _mm512_cvtps_epi32(x); }
-  /// Returns their sum.
-  static int32_t store_values(Sums x, signed char* out) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(x));
-    return _mm512_reduce_add_epi32(x);
+  /// Stores a group in 8 bits and returns its sum.
+  static int32_t store_group(const Sums (&x)[2], signed char* out) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(x[0]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16), _mm512_cvtepi32_epi8(x[1]));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(x[0], x[1]));
   }
 };
