@@ -131,6 +131,16 @@ def test_the_texts_of_tokens_are_what_they_add(tokenizer):
         assert tokenizer.token_bytes(token) == text.encode()
 
 
+def test_what_a_token_stands_for_is_decoded_once(monkeypatch):
+    tokenizer = Tokenizer(byte_level_tokenizer())
+    tokens = range(tokenizer.vocab_size)
+    first = [(tokenizer.token_text(token), tokenizer.token_bytes(token)) for token in tokens]
+    monkeypatch.setattr(tokenizer, "decode", None)
+    monkeypatch.setattr(tokenizer, "id_to_token", None)
+    again = [(tokenizer.token_text(token), tokenizer.token_bytes(token)) for token in tokens]
+    assert again == first
+
+
 @every_tokenizer
 def test_a_token_costs_a_short_window(tokenizer):
     class Counting:

@@ -155,11 +155,10 @@ def conclude(request: Request, error: Exception | None) -> None:
 
 
 class TokenTexts:
-    """Tokens decoded alone, kept: log-probabilities name the same few again and again."""
+    """What the engine says of a position, with the tokens' texts."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
 
     def entry(self, sampled: _core.Sampled | _core.PromptLogprob) -> TokenLogprobs:
         """The chosen token first, then the most likely others."""
@@ -171,9 +170,4 @@ class TokenTexts:
         return entry
 
     def _text(self, token: int) -> str | None:
-        if self._tokenizer is None:
-            return None
-        text = self._texts.get(token)
-        if text is None:
-            text = self._texts[token] = self._tokenizer.token_text(token)
-        return text
+        return None if self._tokenizer is None else self._tokenizer.token_text(token)
