@@ -138,13 +138,13 @@ def test_one_token_has_no_time_after_the_first():
 
 def test_peaks():
     records = [
-        Record(5, 3, 10.0, [10.5, 11.2, 11.4], 11.4),
-        Record(5, 3, 10.9, [11.1, 11.9, 12.0], 12.0),
-        Record(5, 1, 11.4, [11.5], 11.5),  # it begins as the first one ends
-        Record(5, 9, 10.0, [11.0] * 9, 12.0, "failed"),
+        Record(5, 3, 10.5, [10.9, 11.7, 11.9], 11.9),
+        Record(5, 3, 11.4, [11.6, 12.4, 12.5], 12.5),
+        Record(5, 1, 11.9, [12.1], 12.1),  # it begins as the first one ends
+        Record(5, 9, 10.0, [11.5] * 9, 12.0, "failed"),
     ]
     facts = summarize(records, 2.0, [])
-    assert facts["max_output_tokens_per_s"] == 5.0  # from 11.0 to 12.0
+    assert facts["max_output_tokens_per_s"] == 5.0  # from 11.5 to 12.5
     assert facts["max_concurrent_requests"] == 2
     assert summarize([], 1.0, [])["max_concurrent_requests"] == 0
 
