@@ -36,6 +36,8 @@ class Tokenizer:
         chat_template: str | None = None,
     ) -> None:
         """`special_tokens`: by role, such as "bos_token"; a chat template may use them."""
+        from tokenizers import decoders
+
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -48,7 +50,9 @@ class Tokenizer:
         ids = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         # A vocabulary that spells bytes out has all of them.
         self._bytes = frozenset() if None in ids else frozenset(ids)
-        # By token: log-probabilities name the same few again and again.
+        self.joins_bytes = isinstance(backend.decoder, decoders.ByteLevel)
+        """Whether a text is the bytes of its tokens, one after the other."""
+        # By token: streams and log-probabilities name the same few again and again.
         self._text_of: dict[int, str] = {}
         self._bytes_of: dict[int, bytes] = {}
 

@@ -33,8 +33,9 @@ class Stream:
 
     async def deltas(self) -> list[Delta]:
         """All that has come since the last call, in order, at least one; [] at the end. Raises ApiError if
-        the request has failed."""
-        self._reader = asyncio.current_task()
+        the request has failed. One task alone may call it."""
+        if self._reader is None:
+            self._reader = asyncio.current_task()
         self._taken = time.monotonic()
         while not self._items and not self._ended:
             await self._wait()
