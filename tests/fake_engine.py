@@ -237,6 +237,8 @@ class _Release:
 class FakeTokenizer:
     """One character a token: id 65 is "A". Id 0 is a special token, "<end>"."""
 
+    joins_bytes = False
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(c) for c in text]
 

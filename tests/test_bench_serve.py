@@ -14,9 +14,10 @@ from serving import serving
 from splitfuse import Engine, InvalidArgument, StepPlan, cli
 from splitfuse.bench.serving.drive import Clock, Drive, Load
 from splitfuse.bench.serving.http_load import HttpOptions, closed_loop, poisson
+from splitfuse.bench.serving.per_request import Goodput, details
 from splitfuse.bench.serving.policies import Grid, Workload, compare
 from splitfuse.bench.serving.replicas import engine_arguments
-from splitfuse.bench.serving.report import summarize
+from splitfuse.bench.serving.report import steady_of_all, summarize
 from splitfuse.bench.serving.simulated import SimulatedClock, simulate_on
 from splitfuse.bench.serving.simulator import A100_70B, CurveCost, SimulatedEngine, VirtualClock
 from splitfuse.bench.serving.sla import Sla, moving_average, published, scaled
@@ -106,10 +107,72 @@ def test_figures():
     assert (facts["total_input_tokens"], facts["total_output_tokens"]) == (100, 12)
     assert facts["mean_ttft_ms"] == pytest.approx(250)
     assert facts["mean_tpot_ms"] == pytest.approx(50)
-    # The first and the last request sent run alone and are left out.
-    assert facts["p50_itl_ms"] == pytest.approx(np.percentile([20, 60, 30, 90], 50))
+    # The first and the last request sent run alone and are left out, and every request's last gap.
+    assert facts["p50_itl_ms"] == pytest.approx(np.percentile([20, 30], 50))
+    assert facts["failures"] == [("503: busy", 1)]
+    assert facts["request_goodput"] is None
     assert facts["effective_throughput"] == {"any": 0.5, "none": 0.0}
     assert json.dumps(facts)
+
+
+def test_goodput_is_within_all_bounds_that_are_given():
+    records = [record(0.2, [0.1, 0.3]), record(0.4, [0.1, 0.1]), record(0.1, [0.5], error="500")]
+
+    def good(*pairs):
+        return summarize(records, 2.0, [], goodput=Goodput.parse(pairs))["request_goodput"]
+
+    assert good("ttft:300") == 0.5
+    assert good("ttft:450") == 1.0
+    assert good("tpot:150") == 0.5  # the mean: 100 and 200
+    assert good("ttft:300", "tpot:150") == 0.0
+    assert good("e2el:601") == 1.0
+    assert good("e2el:599") == 0.0
+    for wrong in ("itl:3", "ttft", "ttft:-1", "ttft:fast", "tpot:inf", "e2el:nan"):
+        with pytest.raises(InvalidArgument, match=wrong):
+            Goodput.parse([wrong])
+
+
+def test_one_token_has_no_time_after_the_first():
+    assert summarize([record(0.1, [])], 1.0, [], goodput=Goodput.parse(["tpot:0"]))["request_goodput"] == 1
+
+
+def test_peaks():
+    records = [
+        Record(5, 3, 10.5, [10.9, 11.7, 11.9], 11.9),
+        Record(5, 3, 11.4, [11.6, 12.4, 12.5], 12.5),
+        Record(5, 1, 11.9, [12.1], 12.1),  # it begins as the first one ends
+        Record(5, 9, 10.0, [11.5] * 9, 12.0, "failed"),
+    ]
+    facts = summarize(records, 2.0, [])
+    assert facts["max_output_tokens_per_s"] == 5.0  # from 11.5 to 12.5
+    assert facts["max_concurrent_requests"] == 2
+    assert summarize([], 1.0, [])["max_concurrent_requests"] == 0
+
+
+def test_details_are_request_by_request_in_the_order_they_were_sent():
+    late, early = record(0.5, [0.25, 0.5], prompt=7), Record(9, 4, 99.0, [], 99.5, "503: busy")
+    assert details([late, early]) == {
+        "input_lens": [9, 7],
+        "output_lens": [0, 3],
+        "ttfts": [0.0, 0.5],
+        "itls": [[], [0.25, 0.5]],
+        "latencies": [0.5, 1.25],
+        "start_times": [99.0, 100.0],
+        "errors": ["503: busy", ""],
+    }
+
+
+def test_the_steady_middle_of_several_runs_is_that_of_all_their_seconds():
+    slas = [Sla("any", 1e9, 1e9), Sla("none", 0.0, 0.0)]
+    short = summarize([Record(1, 1, 0.0, [t], t) for t in (1.0, 2.0, 3.0, 4.0)], 4.0, slas)["steady"]
+    long = summarize([Record(1, 1, 0.0, [t], t) for t in (1.0, 2.0, 3.0, 12.0)], 12.0, slas)["steady"]
+    assert (short["duration"], short["request_throughput"]) == (2.0, 1.0)
+    assert (long["duration"], long["request_throughput"]) == (6.0, 1 / 6)
+    both = steady_of_all([short, {}, long])
+    assert both["duration"] == 8.0
+    assert both["request_throughput"] == pytest.approx(3 / 8)
+    assert both["effective_throughput"] == {"any": pytest.approx(3 / 8), "none": 0.0}
+    assert steady_of_all([{}]) == {}
 
 
 # ---------------------------------------------------------------- the simulator
@@ -286,6 +349,8 @@ def test_a_grid_on_the_real_engine(tiny_llama):
         facts = cell.facts(slas)
         assert (facts["completed"], facts["failed"], len(facts["runs"])) == (20, 0, 2)
         assert facts["effective_throughput"]["lax"] == pytest.approx(facts["request_throughput"])
+        assert facts["steady"] == steady_of_all([run["steady"] for run in facts["runs"]])
+        assert facts["steady"]["duration"] > 0
         assert 0 < facts["steps"]["busy"] <= 1
     assert engine.query().used_blocks == 0
 
@@ -350,25 +415,36 @@ SMALL = (
 
 
 def test_the_command(tiny_llama, tmp_path):
-    out = bench(
-        tiny_llama(), *SMALL, "--token-budget", 64, "--simulate", "--output", tmp_path / "r", "--json"
-    )
+    options = ("--simulate", "--output", tmp_path / "r", "--json", "--goodput", "ttft:1e6", "--save-detailed")
+    out = bench(tiny_llama(), *SMALL, "--token-budget", 64, *options)
     assert out.returncode == 0, out.stderr
     facts = json.loads(out.stdout)
     assert facts == json.loads((tmp_path / "r" / "serve.json").read_text())
     assert facts["complete"] is True
     assert [(c["policy"], c["completed"]) for c in facts["cells"]] == [("splitfuse", 6), ("prefill_first", 6)]
+    for cell in facts["cells"]:
+        assert cell["request_goodput"] == cell["request_throughput"] == cell["runs"][0]["request_goodput"]
+        assert [sum(cell["input_lens"]), sum(cell["output_lens"])] == [
+            cell["total_input_tokens"],
+            cell["total_output_tokens"],
+        ]
+        assert all(len(i) == n - 1 for i, n in zip(cell["itls"], cell["output_lens"], strict=True))
     assert len(facts["simulated"]["cells"]) == 2
+    assert "ttfts" not in facts["simulated"]["cells"][0]
     assert not math.isnan(facts["comparison"]["request_throughput_ratio"]["2 clients"])
     assert len(facts["comparison"]["effective_by_load"]["2 clients"]) == 2
     assert (tmp_path / "r" / "serve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_against_servers(server, tiny_llama):
-    out = bench("--url", server.url + "/v1/", *SMALL[:8], "--vocab", 250, "--json")
+    kept = ("--json", "--save-detailed", "--goodput", "e2el:1e6")
+    out = bench("--url", server.url + "/v1/", *SMALL[:8], "--vocab", 250, *kept)
     assert out.returncode == 0, out.stderr
     (cell,) = json.loads(out.stdout)["cells"]
     assert (cell["completed"], cell["failed"]) == (6, 0)
+    assert cell["request_goodput"] == cell["request_throughput"]
+    assert cell["start_times"] == sorted(cell["start_times"])
+    assert cell["errors"] == [""] * 6
     out = bench(tiny_llama(), "--replicas", 1, 2, *SMALL, "--vocab", 250, "--token-budget", 64, "--json")
     assert out.returncode == 0, out.stderr
     facts = json.loads(out.stdout)
@@ -409,6 +485,8 @@ def test_replicas_have_the_options_of_the_engine():
         (("--url", "http://x", "--repeat", "2"), "--repeat is for policies of one engine"),
         (("demo", "--replicas", "2", "--simulate"), "--simulate is for policies of one engine"),
         (("demo", "--replicas", "2", "--policies", "orca"), "--policies is for policies of one engine"),
+        (("demo", "--save-detailed"), "add --output or --json"),
+        (("demo", "--goodput", "ttft"), "--goodput ttft: give ttft, tpot, e2el as NAME:MILLISECONDS"),
         (("demo", "--rate", "0"), "--rate must be above 0"),
         (("demo", "--rate", "nan"), "--rate must be above 0"),
         (("--url", "127.0.0.1:8000"), "begins with http://"),

@@ -173,6 +173,47 @@ def import_offences(root: Path) -> list[str]:
     return offences
 
 
+# What turns data into code. torch's own reader of old checkpoints is told weights_only; pickle is there for its error.
+MODULES_THAT_EXECUTE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+EXECUTING_EXCEPTIONS = {"bin_file.py": {"pickle", "torch.load"}}
+CALLS_THAT_EXECUTE = re.compile(
+    r"eval|exec|compile|__import__|(builtins\.)?(eval|exec)|yaml\.(full_|unsafe_)?load(_all)?|torch\.load"
+    r"|(pickle|marshal|shelve)\.\w+"
+)
+
+
+def executing_offences(root: Path) -> list[str]:
+    """Nothing that comes from a file or a client is ever run: it might be a stranger's."""
+    package = root / "python/splitfuse"
+    offences = []
+    for file in tree(package, ".py"):
+        allowed = EXECUTING_EXCEPTIONS.get(file.as_posix(), set())
+        for node in ast.walk(ast.parse((package / file).read_text())):
+            found = executed_by(node)
+            if found and not found <= allowed:
+                offences.append(
+                    f"python/splitfuse/{file}:{node.lineno}: {', '.join(sorted(found - allowed))}"
+                )
+    return offences
+
+
+def executed_by(node: ast.AST) -> set[str]:
+    """What a node imports or calls that could run what it is given."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names} & MODULES_THAT_EXECUTE
+    if isinstance(node, ast.ImportFrom):
+        return {node.module or ""} & MODULES_THAT_EXECUTE
+    if not isinstance(node, ast.Call):
+        return set()
+    called = ast.unparse(node.func)
+    if called == "torch.load" and any(
+        keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in node.keywords
+    ):
+        return {"torch.load"}
+    pickles = any(keyword.arg == "allow_pickle" for keyword in node.keywords)  # numpy.load
+    return {f"{called} that may execute"} if pickles or CALLS_THAT_EXECUTE.fullmatch(called) else set()
+
+
 KERNEL = re.compile(r"cpp/cpu/\w+(_(ref|avx2|avx512|avx512_vnni|avx512_bf16)\.cc|-inl\.h)")
 
 
@@ -279,6 +320,7 @@ def wording_offences(root: Path) -> list[str]:
 RULES = [
     include_offences,
     import_offences,
+    executing_offences,
     length_offences,
     header_offences,
     environment_offences,
@@ -330,6 +372,14 @@ BROKEN = {
     ),
     "python/splitfuse/loader.py": ("from ... import tests\n", import_offences),
     "python/splitfuse/novel/thing.py": ("", import_offences),
+    "python/splitfuse/hub.py": ("import pickle\n", executing_offences),
+    "python/splitfuse/llm.py": ("def f():\n    from marshal import loads\n", executing_offences),
+    "python/splitfuse/text.py": ("eval('1')\n", executing_offences),
+    "python/splitfuse/request.py": ("exec(given)\n", executing_offences),
+    "python/splitfuse/results.py": ("yaml.load(given)\n", executing_offences),
+    "python/splitfuse/demo.py": ("np.load(file, allow_pickle=True)\n", executing_offences),
+    "python/splitfuse/mii.py": ("torch.load(file, weights_only=True)\n", executing_offences),
+    "python/splitfuse/bin_file.py": ("torch.load(file)\n", executing_offences),
     "cpp/base/long.h": ("#pragma once\n" + "\n" * MAX_LINES, length_offences),
     "cpp/base/long.cc": ("void f(int a) {\n" + "  a++;\n" * MAX_FUNCTION + "}\n", length_offences),
     "python/splitfuse/long.py": ("def f():\n" + "    pass\n" * MAX_FUNCTION, length_offences),
@@ -363,7 +413,8 @@ def test_the_rules_pass_what_is_right(tmp_path):
         "cpp/cpu/isa.cc": '#include "cpu/isa.h"\nauto e = std::getenv("SPLITFUSE_CPU_ISA");\n',
         "cpp/cpu/rows_avx2.cc": "#include <immintrin.h>\n",
         "python/bindings/testing.cc": '#include "host/kv_pool.h"\n#include "bindings.h"\n#include <pybind11/stl.h>\n',
-        "python/splitfuse/bin_file.py": "import os\nimport torch\nfrom . import _core\nfrom .models import llama\n",
+        "python/splitfuse/bin_file.py": "import os\nimport pickle\nimport torch\nfrom . import _core\n"
+        "from .models import llama\ntorch.load(os, weights_only=True)\nre.compile('x')\n",
     }
     for file, text in good.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

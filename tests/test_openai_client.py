@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 
+import splitfuse
 from serving import TINY_ENGINE, Running, serving, wait_until
 from splitfuse import LLM, SamplingParams
 from splitfuse.server.settings import Limits
@@ -87,6 +89,36 @@ def test_chat(client: openai.OpenAI, llm: LLM) -> None:
     read = len(expected.prompt_token_ids)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (read, 20)
     assert answer.usage.total_tokens == read + 20
+
+
+def test_the_fingerprint_tells_whose_numbers_an_answer_has(
+    client: openai.OpenAI, model: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    asked: dict[str, Any] = {"prompt": [1, 2], "max_tokens": 2, "seed": 1}
+
+    def fingerprint(other: openai.OpenAI) -> str | None:
+        return other.completions.create(model=other.models.list().data[0].id, **asked).system_fingerprint
+
+    ours = fingerprint(client)
+    assert ours is not None
+    assert re.fullmatch(re.escape(f"splitfuse-{splitfuse.__version__}-") + "[0-9a-f]{8}", ours)
+    chat: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
+    assert client.chat.completions.create(**chat).system_fingerprint == ours
+    for stream in (
+        client.chat.completions.create(**chat, stream=True, stream_options={"include_usage": True}),
+        client.completions.create(model="tiny", **asked, stream=True),
+    ):
+        assert {chunk.system_fingerprint for chunk in stream} == {ours}
+    for path, engine, same in (
+        (model, {"threads": 2, "token_budget": 32}, True),
+        (model, {"dtype": "bfloat16"}, False),
+        (model, {"kv_dtype": "int8"}, False),
+        (model, {"quantize": "int8"}, False),
+        (model, {"isa": "ref"}, False),
+        (tiny_llama(), {}, False),
+    ):
+        with serving(path, engine=engine) as another, another.openai() as asking:
+            assert (fingerprint(asking) == ours) == same, engine
 
 
 def test_a_chat_may_take_the_rest_of_the_context(tiny_llama: Callable[..., Path]) -> None:

@@ -84,7 +84,8 @@ def test_the_frames_of_a_chat(server: Running) -> None:
     assert response.headers["cache-control"] == "no-cache"
     assert "content-length" not in response.headers
     events = frames(response.content)
-    head = {"object": "chat.completion.chunk", "model": "tiny"}
+    fingerprint = server.runtime.served.fingerprint
+    head = {"object": "chat.completion.chunk", "model": "tiny", "system_fingerprint": fingerprint}
     for event in events:
         assert re.fullmatch("chatcmpl-[0-9a-f]{32}", event.pop("id"))
         assert isinstance(event.pop("created"), int)
@@ -104,7 +105,7 @@ def test_the_frames_of_a_chat(server: Running) -> None:
 def test_the_frames_of_a_completion(server: Running) -> None:
     body = {"prompt": "a", "max_tokens": 2, "ignore_eos": True, "stream": True}
     first, last = frames(server.post(COMPLETIONS, body).content)
-    assert first.keys() == {"id", "object", "created", "model", "choices"}
+    assert first.keys() == {"id", "object", "created", "model", "system_fingerprint", "choices"}
     assert first["object"] == "text_completion"
     assert first["choices"][0].keys() == {"index", "text", "finish_reason"}
     assert last["choices"][0].keys() == {"index", "text", "finish_reason", "stop_reason"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from scripted_server import Clock
+from scripted_server import serving as scripted
 from serving import PATIENCE, serving, wait_until
 from splitfuse import ConfigError, QueueFull
 from splitfuse._intake import Intake
@@ -67,6 +70,32 @@ def test_log_probabilities_of_answers_are_bounded_unless_they_are_streamed(
         streamed = server.post(COMPLETIONS, {**body, "stream": True})
         assert streamed.status_code == 200
         assert streamed.text.count('"top_logprobs"') >= 60
+
+
+def test_log_probabilities_that_wait_for_a_reader_are_bounded() -> None:
+    """One token with 20 of them is as much as 21 or 22 without."""
+
+    async def waits(steps: int, **params: Any) -> bool:
+        async with scripted(Clock(), limits=Limits(stream_items=40)) as runtime:
+            stream = runtime.ask(3, streamed=True, max_tokens=100, **params)
+            await runtime.step(steps)
+            return not stream.cut_off
+
+    async def read_on(**params: Any) -> bool:
+        async with scripted(Clock(), limits=Limits(stream_items=40)) as runtime:
+            stream = runtime.ask(3, streamed=True, max_tokens=20, **params)
+            for _ in range(20):
+                await runtime.step()
+                assert len(await stream.deltas()) == 1
+            return not stream.cut_off
+
+    assert asyncio.run(waits(40))
+    assert not asyncio.run(waits(41))
+    assert asyncio.run(waits(1, logprobs=20))
+    assert not asyncio.run(waits(2, logprobs=20))
+    assert asyncio.run(waits(2, n=2, logprobs=20))
+    assert not asyncio.run(waits(3, n=2, logprobs=20))
+    assert asyncio.run(read_on(logprobs=20))
 
 
 def test_prompts_repeated_in_an_answer_are_bounded(tiny_llama: Callable[..., Path]) -> None:

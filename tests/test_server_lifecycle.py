@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -131,6 +132,28 @@ def test_what_is_accepted_is_kept_alive_by_probes():
         with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+def open_files(soft, hard):
+    return f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))"
+
+
+def test_it_may_have_as_many_connections_as_the_system_allows(tiny_llama):
+    with process(tiny_llama(), *SMALL, "--max-queued", 300, first=open_files(200, 700)) as served:
+        served.wait_ready()
+        limits = Path(f"/proc/{served.process.pid}/limits").read_text()
+    assert re.search(r"Max open files +700 +700 ", limits)
+    assert "warning" not in "".join(served.lines)
+
+
+def test_too_few_open_files_are_one_line(tiny_llama):
+    options = ("--max-queued", 600, "--max-sequences", 40)
+    with process(tiny_llama(), *SMALL, *options, first=open_files(200, 700)) as served:
+        served.wait_ready()
+        wait_until(lambda: any("warning" in line for line in served.lines))
+        (line,) = [line for line in served.lines if "warning" in line]
+    assert "may have 700 open files" in line
+    assert "600 requests that wait and 40 that run can need 704" in line
 
 
 def test_until_the_model_is_loaded_it_says_so(tiny_llama, monkeypatch):

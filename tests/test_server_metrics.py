@@ -34,7 +34,8 @@ COUNTERS = {
     "splitfuse:engine_restarts_total",
 }  # fmt: skip
 GAUGES = {
-    "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
+    "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:num_requests_waiting_by_reason",
+    "vllm:kv_cache_usage_perc",
     "vllm:cache_config_info", "vllm:lora_requests_info", "splitfuse:kv_blocks", "splitfuse:policy_info",
 }  # fmt: skip
 
@@ -208,6 +209,8 @@ def test_cancelled(clock: Clock) -> None:
             page = await runtime.scrape()
             assert page["vllm:num_requests_running"] == 1
             assert page["vllm:num_requests_waiting"] == 1
+            assert page["vllm:num_requests_waiting_by_reason", "reason=capacity"] == 1
+            assert page["vllm:num_requests_waiting_by_reason", "reason=deferred"] == 0
             queued.cancel()
             running.cancel()
             await runtime.drain()
@@ -236,10 +239,14 @@ def test_preempted(clock: Clock) -> None:
             await runtime.step(2)
             engine.preempts = [engine.puts[0]]
             await runtime.drain()
+            engine.preempts = []
+            runtime.ask(7, max_tokens=2)
+            await runtime.drain()
             page = await runtime.scrape()
             assert page["vllm:num_preemptions_total"] == 1
             assert page["splitfuse:preemptions_total"] == 1
-            page.holds("vllm:inter_token_latency_seconds", [0.125] * 3)
+            page.holds("vllm:request_num_preemptions", [1, 0])
+            page.holds("vllm:inter_token_latency_seconds", [0.125] * 4)
 
     asyncio.run(scenario())
 
@@ -446,6 +453,8 @@ def test_a_real_engine_under_pressure(tiny_llama: Callable[..., Path]) -> None:
     assert page["vllm:prompt_tokens_total"] == sum(len(r.prompt_token_ids) for r in began)
     assert page["vllm:prompt_tokens_cached_total"] == sum(r.cached_tokens for r in began)
     page.holds("vllm:inter_token_latency_seconds", naive.gaps)
+    ended = [r for r in naive.requests if all(a.finish_reason == "length" for a in r.output.outputs)]
+    page.holds("vllm:request_num_preemptions", [r.preemptions for r in ended])
     for kind in ("prefill", "decode"):
         tokens = sum(getattr(s.output, f"{kind}_tokens") for s in steps)
         assert page["splitfuse:step_tokens_total", f"kind={kind}"] == tokens > 0

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from conftest import byte_level_tokenizer
 from splitfuse import InvalidArgument
-from splitfuse.text import IncrementalDetokenizer, StopChecker
+from splitfuse.text import StopChecker, WindowDetokenizer, detokenizer
 from splitfuse.tokenizer import Tokenizer
 
 SPACE = "\u2581"
@@ -43,18 +43,21 @@ def sentencepiece_tokenizer(metaspace: bool) -> Backend:
     return backend
 
 
+BYTE_LEVEL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 TOKENIZERS = {
-    "byte-level": Tokenizer(byte_level_tokenizer(), {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}),
+    "byte-level": Tokenizer(byte_level_tokenizer(), BYTE_LEVEL),
+    "byte-level, by windows": Tokenizer(byte_level_tokenizer(), BYTE_LEVEL),
     "sentencepiece": Tokenizer(sentencepiece_tokenizer(metaspace=False), SPECIAL),
     "metaspace": Tokenizer(sentencepiece_tokenizer(metaspace=True), SPECIAL),
 }
+TOKENIZERS["byte-level, by windows"].joins_bytes = False
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 ids = st.lists(st.integers(0, 290), max_size=60)  # beyond the smaller vocabulary too
 
 
 def stream(tokenizer, tokens, prompt=(), skip=True):
-    detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip)
-    return [*map(detokenizer.add, tokens), detokenizer.finish()]
+    text = detokenizer(tokenizer, prompt, skip)
+    return [*map(text.add, tokens), text.finish()]
 
 
 def shown(tokenizer, tokens, skip):
@@ -102,11 +105,35 @@ def test_an_emoji_comes_whole_with_its_last_byte():
     assert [piece for piece in stream(tokenizer, tokens) if piece] == ["a", "🙂", "b"]
 
 
+def test_which_tokenizers_join_bytes():
+    assert TOKENIZERS["byte-level"].joins_bytes
+    assert not TOKENIZERS["sentencepiece"].joins_bytes
+    assert not TOKENIZERS["metaspace"].joins_bytes
+
+
+def test_text_whose_tokens_join_bytes_is_decoded_no_more_than_once_a_token(monkeypatch):
+    tokenizer = Tokenizer(byte_level_tokenizer(), BYTE_LEVEL)
+    tokens = tokenizer.encode("the theory 🙂", add_special_tokens=False)
+    first = stream(tokenizer, tokens, prompt=tokens)
+    monkeypatch.setattr(tokenizer, "decode", None)
+    assert stream(tokenizer, tokens, prompt=tokens) == first
+
+
+def test_a_prompt_that_ends_in_a_code_point_is_gone_on_with():
+    tokenizer = TOKENIZERS["byte-level"]
+    tokens = tokenizer.encode("a🙂", add_special_tokens=False)
+    for cut in range(1, len(tokens) + 1):
+        tail = "".join(stream(tokenizer, tokens[cut:], prompt=tokens[:cut]))
+        assert tail == ("🙂" if cut < len(tokens) else "")
+        with_end = [*tokens[:cut], tokenizer.eos_token_id]  # a special token between shows nothing
+        assert "".join(stream(tokenizer, tokens[cut:], prompt=with_end)) == tail
+
+
 def test_ascii_is_never_held():
     tokenizer = TOKENIZERS["byte-level"]
-    detokenizer = IncrementalDetokenizer(tokenizer)
+    text = detokenizer(tokenizer)
     for token in tokenizer.encode("the  theory of the thing.", add_special_tokens=False):
-        assert detokenizer.add(token) == tokenizer.decode([token])
+        assert text.add(token) == tokenizer.decode([token])
 
 
 @pytest.mark.parametrize("name", ["sentencepiece", "metaspace"])
@@ -131,6 +158,16 @@ def test_the_texts_of_tokens_are_what_they_add(tokenizer):
         assert tokenizer.token_bytes(token) == text.encode()
 
 
+def test_what_a_token_stands_for_is_decoded_once(monkeypatch):
+    tokenizer = Tokenizer(byte_level_tokenizer())
+    tokens = range(tokenizer.vocab_size)
+    first = [(tokenizer.token_text(token), tokenizer.token_bytes(token)) for token in tokens]
+    monkeypatch.setattr(tokenizer, "decode", None)
+    monkeypatch.setattr(tokenizer, "id_to_token", None)
+    again = [(tokenizer.token_text(token), tokenizer.token_bytes(token)) for token in tokens]
+    assert again == first
+
+
 @every_tokenizer
 def test_a_token_costs_a_short_window(tokenizer):
     class Counting:
@@ -147,10 +184,10 @@ def test_a_token_costs_a_short_window(tokenizer):
     known = [token for token in range(300) if tokenizer.id_to_token(token) is not None]
     broken = [token for token in known if "\ufffd" in tokenizer.decode([token])]
     prompt = tokenizer.encode("hi " * 2000)
-    detokenizer = IncrementalDetokenizer(counting, prompt)
+    text = WindowDetokenizer(counting, prompt)
     letters = tokenizer.encode("hi.", add_special_tokens=False)
     for token in letters * 300 + ([] if tokenizer.is_byte(broken[0]) else broken * 10):
-        detokenizer.add(token)
+        text.add(token)
     assert counting.longest <= 20
 
 

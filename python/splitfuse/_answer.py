@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .request import Completion, Delta, Logprob, Request, RequestOutput, SamplingParams, TokenLogprobs
-from .text import IncrementalDetokenizer, StopChecker
+from .text import ByteDetokenizer, StopChecker, WindowDetokenizer, detokenizer
 
 if TYPE_CHECKING:
     from . import _core
@@ -44,7 +44,7 @@ class Answer:
         self.undelivered = ""
         self._prompt_ids = prompt_ids
         self._tokenizer = tokenizer
-        self._detokenizer: IncrementalDetokenizer | None = None
+        self._detokenizer: ByteDetokenizer | WindowDetokenizer | None = None
         self._stopper: StopChecker | None = None
         self._parts: list[str] = []
         self._logprobs: list[TokenLogprobs] | None = None
@@ -52,7 +52,7 @@ class Answer:
             self._logprobs = []
         self._cumulative = 0.0
         if tokenizer is not None and (streamed or params.stop):
-            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
+            self._detokenizer = detokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
         if params.stop:
             self._stopper = StopChecker(params.stop, params.include_stop_str_in_output)
 
@@ -79,15 +79,17 @@ class Answer:
         if reason == "stop" and self.token_ids and self.token_ids[-1] in self.params.stop_token_ids:
             self.stop_reason = self.token_ids[-1]
         if reason == "abort" and self._detokenizer is not None:
-            self.undelivered = self._held_back(self._detokenizer)
+            self.undelivered = self._held_back()
             self._parts.append(self.undelivered)
 
     def _add_text(self, token: int, finish_reason: str | None) -> str:
         if self._detokenizer is None:
             return ""
         ended = finish_reason is not None
-        piece = "" if self._hides(finish_reason) else self._detokenizer.add(token)
-        if ended:
+        if not ended:
+            piece = self._detokenizer.add(token)
+        else:
+            piece = "" if self._hides(finish_reason) else self._detokenizer.add(token)
             piece += self._detokenizer.finish()
         if self._stopper is None or len(self.token_ids) <= self.params.min_tokens:
             return piece
@@ -98,10 +100,11 @@ class Answer:
             text += self._stopper.flush()
         return text
 
-    def _held_back(self, detokenizer: IncrementalDetokenizer) -> str:
+    def _held_back(self) -> str:
         """What waited for the rest of a character or of a stop string, which will not come."""
+        assert self._detokenizer is not None
         try:
-            text = detokenizer.finish()
+            text = self._detokenizer.finish()
         except Exception:  # a tokenizer that fails must not keep a request from ending
             _log.exception("the end of an answer that was cancelled could not be decoded")
             text = ""
@@ -129,10 +132,8 @@ class Answer:
         if self._tokenizer is None:
             return ""
         shown = self.token_ids[:-1] if self._hides(self.finish_reason) else self.token_ids
-        detokenizer = IncrementalDetokenizer(
-            self._tokenizer, self._prompt_ids, self.params.skip_special_tokens
-        )
-        return "".join([*map(detokenizer.add, shown), detokenizer.finish()])
+        text = detokenizer(self._tokenizer, self._prompt_ids, self.params.skip_special_tokens)
+        return "".join([*map(text.add, shown), text.finish()])
 
 
 def conclude(request: Request, error: Exception | None) -> None:
@@ -155,11 +156,10 @@ def conclude(request: Request, error: Exception | None) -> None:
 
 
 class TokenTexts:
-    """Tokens decoded alone, kept: log-probabilities name the same few again and again."""
+    """What the engine says of a position, with the tokens' texts."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
 
     def entry(self, sampled: _core.Sampled | _core.PromptLogprob) -> TokenLogprobs:
         """The chosen token first, then the most likely others."""
@@ -171,9 +171,4 @@ class TokenTexts:
         return entry
 
     def _text(self, token: int) -> str | None:
-        if self._tokenizer is None:
-            return None
-        text = self._texts.get(token)
-        if text is None:
-            text = self._texts[token] = self._tokenizer.token_text(token)
-        return text
+        return None if self._tokenizer is None else self._tokenizer.token_text(token)

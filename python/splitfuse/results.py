@@ -88,7 +88,7 @@ class RequestOutput:
         return self.outputs[0].logprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Delta:
     """What one step added to one answer of a request: the argument of a streaming callback."""
 

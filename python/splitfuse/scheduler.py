@@ -227,9 +227,10 @@ class Scheduler(Owned):
 
     def _dispatch(self, output: _core.StepOutput) -> None:
         ids, tokens, quiet = output.ids.tolist(), output.tokens.tolist(), self._quiet
-        for keep, token in zip(map(quiet.get, ids), tokens, strict=True):
-            if keep is not None:
-                keep(token)
+        if quiet:
+            for keep, token in zip(map(quiet.get, ids), tokens, strict=True):
+                if keep is not None:
+                    keep(token)
         if len(quiet) < len(self._live):
             self._dispatch_prompt_logprobs(output)
             self._dispatch_loud(output, ids, tokens)
@@ -250,10 +251,10 @@ class Scheduler(Owned):
         """The rows that are streamed, looked through for stop strings, logged with probabilities, or followed
         by more answers to the same prompt."""
         sampled: list[_core.Sampled] | None = None
-        finish = output.finish.tolist()
+        finish, live, quiet = output.finish.tolist(), self._live, self._quiet
         for row, sequence in enumerate(ids):
-            entry = self._live.get(sequence)
-            if entry is None or sequence in self._quiet or finish[row] == 3:
+            entry = live.get(sequence)
+            if entry is None or sequence in quiet or finish[row] == 3:
                 continue
             request, answer = entry
             try:

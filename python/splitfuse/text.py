@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import utf_8_decode
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,61 @@ _REPLACEMENT = "\ufffd"
 # what the cut at the window's start garbles has been given out long before.
 _KEPT = 8
 _WINDOW = 2 * _KEPT
+_LONGEST_CODE_POINT = 4  # bytes
 
 
-class IncrementalDetokenizer:
-    """Turns tokens into text as they come.
+def detokenizer(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
+) -> ByteDetokenizer | WindowDetokenizer:
+    """Turns the tokens of an answer into text as they come: `add` each, then `finish`.
 
     The pieces, joined, are what the tokenizer makes of prompt and answer together, less the prompt's part: so
-    a word that follows the prompt keeps its leading space. A piece never ends inside a code point. A token
-    costs the decoding of a short window, whatever came before.
+    a word that follows the prompt keeps its leading space. A piece never ends inside a code point.
     """
+    kind = ByteDetokenizer if tokenizer.joins_bytes else WindowDetokenizer
+    return kind(tokenizer, prompt_ids, skip_special_tokens)
+
+
+class ByteDetokenizer:
+    """For tokenizers whose text is their tokens' bytes in a row: a token costs the decoding of its own bytes."""
+
+    __slots__ = ("_pending", "_skip", "_tokenizer")
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._pending = b""  # of a code point that is not complete
+        tail = b""
+        for token in reversed(prompt_ids):
+            if len(tail) >= _LONGEST_CODE_POINT:
+                break
+            tail = self._shown(token) + tail
+        self._decode(tail)
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before; often the token's own, sometimes nothing."""
+        return self._decode(self._pending + self._shown(token))
+
+    def finish(self) -> str:
+        """What was held back. Further tokens may still be added."""
+        text, self._pending = self._pending.decode(errors="replace"), b""
+        return text
+
+    def _decode(self, data: bytes) -> str:
+        text, used = utf_8_decode(data, "replace")
+        self._pending = data[used:]
+        return text
+
+    def _shown(self, token: int) -> bytes:
+        if self._skip and self._tokenizer.is_special(token):
+            return b""
+        return self._tokenizer.token_bytes(token)
+
+
+class WindowDetokenizer:
+    """For all others: a token costs the decoding of a short window, whatever came before."""
 
     __slots__ = ("_given", "_skip", "_tokenizer", "_window")
 

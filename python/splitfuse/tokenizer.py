@@ -36,6 +36,8 @@ class Tokenizer:
         chat_template: str | None = None,
     ) -> None:
         """`special_tokens`: by role, such as "bos_token"; a chat template may use them."""
+        from tokenizers import decoders
+
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -48,6 +50,11 @@ class Tokenizer:
         ids = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         # A vocabulary that spells bytes out has all of them.
         self._bytes = frozenset() if None in ids else frozenset(ids)
+        self.joins_bytes = isinstance(backend.decoder, decoders.ByteLevel)
+        """Whether a text is the bytes of its tokens, one after the other."""
+        # By token: streams and log-probabilities name the same few again and again.
+        self._text_of: dict[int, str] = {}
+        self._bytes_of: dict[int, bytes] = {}
 
     @staticmethod
     def from_directory(path: str | Path) -> Tokenizer:
@@ -97,15 +104,28 @@ class Tokenizer:
         return token_id in self._bytes
 
     def token_text(self, token_id: int) -> str:
-        """What a token adds to a text it goes on with, the space before a word included."""
+        """What a token adds to a text it goes on with, the space before a word included. Decoded once."""
+        text = self._text_of.get(token_id)
+        if text is None:
+            text = self._text_of[token_id] = self._decode_added(token_id)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, exactly, also where it is part of a code point, so no text of its own. Found
+        once."""
+        exact = self._bytes_of.get(token_id)
+        if exact is None:
+            exact = self._bytes_of[token_id] = self._spell(token_id)
+        return exact
+
+    def _decode_added(self, token_id: int) -> str:
         alone = self.decode([token_id], skip_special_tokens=False)
         if _REPLACEMENT in alone:
             return alone
         # Some decoders strip the space that a text begins with.
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :]
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for, exactly, also where it is part of a code point, so no text of its own."""
+    def _spell(self, token_id: int) -> bytes:
         text = self.token_text(token_id)
         token = self.id_to_token(token_id)
         if token is None or _REPLACEMENT not in text:

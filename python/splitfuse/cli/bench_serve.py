@@ -63,7 +63,16 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
     load.add_argument(
         "--seed", type=int, default=42, metavar="N", help="of lengths and prompts (default: 42)"
     )
+    load.add_argument(
+        "--goodput",
+        nargs="+",
+        metavar="NAME:MS",
+        help="bounds on ttft, tpot or e2el in milliseconds that make a request good, for request_goodput",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="write serve.json and serve.png there")
+    parser.add_argument(
+        "--save-detailed", action="store_true", help="each request's lengths and times in the results too"
+    )
     http = parser.add_argument_group("with --url")
     http.add_argument("--endpoint", choices=["completions", "chat"], default="completions")
     http.add_argument("--api-key", metavar="KEY")
@@ -87,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidArgument("--replicas starts servers of its own; leave --url out")
     if args.url or args.replicas:
         _refuse_what_is_of_one_engine(args)
+    if args.save_detailed and args.output is None and not args.json:
+        raise InvalidArgument("--save-detailed is for results that are kept: add --output or --json")
     args.policies = args.policies or _POLICIES
     for rate in args.rate or ():
         if not 0 < rate < float("inf"):
@@ -95,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         if not url.startswith(("http://", "https://")):
             raise InvalidArgument(f"--url {url}: a URL begins with http:// or https://")
     args.url = [url.rstrip("/").removesuffix("/v1") for url in args.url or ()]
+    if args.goodput is not None:
+        args.goodput = import_module("...bench.serving.per_request", __name__).Goodput.parse(args.goodput)
     code: int = import_module("...bench.serving.run", __name__).run(args, engine_options(args))
     return code
 

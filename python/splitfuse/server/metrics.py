@@ -82,6 +82,10 @@ class EngineCollector(Collector):
             "vllm:num_requests_running", "Sequences that are being computed", labels, capacity.running
         )
         yield _gauge("vllm:num_requests_waiting", "Requests and sequences that wait to be", labels, waiting)
+        reasons = {"capacity": waiting, "deferred": 0}  # nobody waits here for anything but room
+        yield _each(
+            "gauge", "vllm:num_requests_waiting_by_reason", "Those, by why they do", labels, "reason", reasons
+        )
         used = capacity.used_blocks / capacity.total_blocks
         yield _gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1", labels, used)
         yield _each("gauge", "splitfuse:kv_blocks", "KV blocks", labels, "state", blocks)
@@ -153,6 +157,11 @@ class EngineCollector(Collector):
             ("vllm:request_prompt_tokens", "Tokens of a prompt", meter.prompt_lengths),
             ("vllm:request_generation_tokens", "Tokens of an answer", meter.answer_lengths),
             ("vllm:request_max_num_generation_tokens", "Of a request's longest one", meter.longest_answers),
+            (
+                "vllm:request_num_preemptions",
+                "How often blocks were taken from it",
+                meter.request_preemptions,
+            ),
             ("vllm:request_params_n", "Answers asked for", meter.asked_answers),
             ("vllm:request_params_max_tokens", "max_tokens asked for", meter.asked_tokens),
             ("vllm:iteration_tokens_total", "Tokens of a forward", meter.step_tokens),

@@ -26,6 +26,7 @@ _REQUEST = (
 )  # fmt: skip
 _STEP_TOKENS = (1, *(2**i for i in range(3, 15)))
 _ANSWERS = (1, 2, 5, 10, 20)
+_PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 # vLLM ends these at the model's context; one list for all models can be added up over them.
 _TOKENS = (*(m * 10**e for e in range(6) for m in (1, 2, 5)), 10**6)
 # Our own.
@@ -128,6 +129,7 @@ class Meter:
         self.prompt_lengths = Histogram(_TOKENS)
         self.answer_lengths = Histogram(_TOKENS)
         self.longest_answers = Histogram(_TOKENS)
+        self.request_preemptions = Histogram(_PREEMPTIONS)
         self.asked_answers = Histogram(_ANSWERS)
         self.asked_tokens = Histogram(_TOKENS)
 
@@ -182,6 +184,7 @@ class Meter:
         for length in lengths:
             self.answer_lengths.add(length)
         self.longest_answers.add(longest)
+        self.request_preemptions.add(request.preemptions)
         self.asked_answers.add(params.n)
         if params.max_tokens is not None:
             self.asked_tokens.add(params.max_tokens)

@@ -51,6 +51,7 @@ class Reply(ABC):
         self.id = f"{self.id_prefix}-{secrets.token_hex(16)}"
         self.model = request.model or runtime.names[0]
         self._created = int(time.time())
+        self._fingerprint = runtime.served.fingerprint
         self._priority = request.priority or 0
         self._cache_salt = request.cache_salt or ""
         self.tenant = ""
@@ -139,7 +140,13 @@ class Reply(ABC):
         return self.shows_ids
 
     def envelope(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self.model,
+            "system_fingerprint": self._fingerprint,
+        }
 
     def body(self, requests: Sequence[Request]) -> dict[str, Any]:
         """The whole answer, of requests that are done. Making it takes a while: texts are decoded."""

@@ -17,21 +17,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .._core import Capacity, Engine, InvalidArgument, ModelConfig, StateError, StepOutput
+from .._core import Capacity, InvalidArgument, ModelConfig, StateError, StepOutput
 from ..request import Delta, Request, SamplingParams
 from ..scheduler import QueueFull, Scheduler
 from .errors import ApiError
+from .served import Served
 from .settings import Settings
 from .stream import Stream
 
 if TYPE_CHECKING:
-    from ..loader import LoadedModel
     from ..tokenizer import Tokenizer
 
 _log = logging.getLogger("splitfuse")
 _WATCH = 0.5  # seconds between looks at slow readers
 _RATE_WINDOW = 64  # requests over whose ends the pace is taken, for Retry-After
-_LAST_STEP = 5.0  # seconds that a step, or loading, may take to end when the server does
+_LAST_STEP = 5.0  # seconds that loading may take to end when the server does
 _PAUSE = 1.0  # seconds between attempts to build the engine anew
 _WORKERS = 2  # threads for tokenising and templates, which must not hold up the loop
 
@@ -59,22 +59,6 @@ class Observer(Protocol):
 
     def on_end(self, request: Request) -> None:
         """A request has ended: see its `output` and `times`."""
-
-
-class Served:
-    """A model and the engine and scheduler that run it: what a restart replaces as a whole."""
-
-    def __init__(self, loaded: LoadedModel, engine: Engine, scheduler: Scheduler) -> None:
-        self.loaded = loaded
-        self.engine = engine
-        self.scheduler = scheduler
-        self.tokenizer: Tokenizer | None = loaded.tokenizer
-        self.failed = False
-
-    def close(self) -> None:
-        """Raises TimeoutError if a step hangs: then the engine can't be closed."""
-        self.scheduler.close(_LAST_STEP)
-        self.engine.close()
 
 
 class Runtime:

@@ -16,6 +16,7 @@ import uvicorn
 from .._core import ConfigError
 from .app import create_app
 from .http_protocol import uvicorn_options
+from .open_files import raise_limit, too_few
 from .runtime import Runtime
 from .settings import Settings
 
@@ -32,6 +33,7 @@ def serve(settings: Settings, *, access_log: bool = False) -> int:
     once. The exit code: 0, or 1 if the engine has failed and stays down; with 1 it ends the process itself where a
     step hangs. Raises what loading the model raises, and ConfigError if the address can't be had."""
     app = create_app(settings)
+    open_files = raise_limit()
     listener = _listen(settings)
     config = uvicorn.Config(
         app,
@@ -44,7 +46,7 @@ def serve(settings: Settings, *, access_log: bool = False) -> int:
     )
     host, port = listener.getsockname()[:2]
     _say(f"splitfuse: http://{f'[{host}]' if ':' in host else host}:{port} (loading {settings.model})")
-    server = _Server(config, app.state.runtime)
+    server = _Server(config, app.state.runtime, open_files)
     if threading.current_thread() is threading.main_thread():
         # What uvicorn puts back at the end: a second signal that comes late finds a server that has ended well.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -81,10 +83,12 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, runtime: Runtime) -> None:
+    def __init__(self, config: uvicorn.Config, runtime: Runtime, open_files: int) -> None:
+        """`open_files`: how many there may be."""
         super().__init__(config)
         self.load_error: Exception | None = None
         self._runtime = runtime
+        self._open_files = open_files
         self._announced = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -96,14 +100,22 @@ class _Server(uvicorn.Server):
         runtime = self._runtime
         if not self._announced and runtime.ready:
             self._announced = True
-            engine = runtime.served.engine.describe()
-            _say(f"splitfuse: serving {runtime.names[0]}, policy {runtime.settings.policy}; {engine}")
+            self._announce()
         if not self._announced and runtime.failure is not None:
             self.load_error = runtime.failure
             return True
         if runtime.given_up and not runtime.settings.stay_up:
             return True  # a supervisor starts it anew
         return await super().on_tick(counter)
+
+    def _announce(self) -> None:
+        runtime = self._runtime
+        engine = runtime.served.engine.describe()
+        _say(f"splitfuse: serving {runtime.names[0]}, policy {runtime.settings.policy}; {engine}")
+        assert runtime.capacity is not None
+        running = runtime.capacity.max_sequences
+        if warning := too_few(self._open_files, runtime.settings.limits.queued, running):
+            _say(f"splitfuse: {warning}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens on meanwhile, so that a load balancer sees /ready fail, and clients a 503."""

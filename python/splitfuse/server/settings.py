@@ -48,7 +48,7 @@ class Limits:
     open_bodies: int = 512 << 20
     """Bytes of all bodies that are arriving or whose requests are open; more are answered 503."""
     stream_items: int = 4096
-    """Deltas of an answer that may wait for a slow reader before it is cut off."""
+    """Deltas of an answer, and log-probabilities in them, that may wait for a slow reader before it is cut off."""
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ class Stream:
     """
 
     def __init__(self, limit: int, stall_timeout: float) -> None:
+        """`limit`: deltas, and log-probabilities in them, that may wait for the reader."""
         self.request: Request | None = None  # set once submitted
         self.cut_off = False
         self._limit = limit
         self._stall_timeout = stall_timeout
         self._items: deque[Delta] = deque()
+        self._weight = 0  # of those: what `limit` counts
         self._taken = time.monotonic()  # when the reader last took something, or found nothing to take
         self._reader: asyncio.Task[object] | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -31,14 +33,15 @@ class Stream:
 
     async def deltas(self) -> list[Delta]:
         """All that has come since the last call, in order, at least one; [] at the end. Raises ApiError if
-        the request has failed."""
-        self._reader = asyncio.current_task()
+        the request has failed. One task alone may call it."""
+        if self._reader is None:
+            self._reader = asyncio.current_task()
         self._taken = time.monotonic()
         while not self._items and not self._ended:
             await self._wait()
             self._taken = time.monotonic()
         items = list(self._items)
-        self._items.clear()
+        self._drop_items()
         if not items:
             self._check()
         return items
@@ -63,7 +66,8 @@ class Stream:
         if self.cut_off:
             return
         self._items.append(delta)
-        if len(self._items) > self._limit:
+        self._weight += 1 if delta.logprobs is None else 1 + sum(map(len, delta.logprobs))
+        if self._weight > self._limit:
             self._cut()
         else:
             self._wake()
@@ -75,7 +79,7 @@ class Stream:
     def fail(self, failure: ApiError) -> None:
         """Ends it with this, whatever becomes of the request."""
         self._failure = self._failure or failure
-        self._items.clear()
+        self._drop_items()
         self.cancel()
         self.end()
 
@@ -86,10 +90,14 @@ class Stream:
 
     def _cut(self) -> None:
         self.cut_off = True
-        self._items.clear()
+        self._drop_items()
         self.cancel()
         if self._reader is not None:
             self._reader.cancel()
+
+    def _drop_items(self) -> None:
+        self._items.clear()
+        self._weight = 0
 
     def _check(self) -> None:
         if self._failure is not None:

@@ -12,7 +12,8 @@ from ..._core import Engine, StepPlan
 from ...policies import make_scheduler
 from ...request import SamplingParams
 from .drive import Clock, Drive, Load, Step
-from .report import summarize
+from .per_request import Goodput, details
+from .report import steady_of_all, summarize
 from .sla import Sla
 from .workload import Ask, Record, make_asks
 
@@ -43,6 +44,7 @@ class Cell:
 
     policy: str
     load: Load
+    goodput: Goodput | None = None
     records: list[Record] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -53,12 +55,14 @@ class Cell:
         self.records += drive.records
         self.steps += drive.steps
         self.seconds += seconds
-        self.runs.append(summarize(drive.records, seconds, slas, drive.steps))
+        self.runs.append(summarize(drive.records, seconds, slas, drive.steps, self.goodput))
 
-    def facts(self, slas: Sequence[Sla]) -> dict[str, Any]:
-        """Of all repeats together; `runs` has each."""
-        facts = summarize(self.records, self.seconds, slas, self.steps)
-        facts["steady"] = self.runs[0]["steady"] if len(self.runs) == 1 else None
+    def facts(self, slas: Sequence[Sla], detailed: bool = False) -> dict[str, Any]:
+        """Of all repeats together; `runs` has each. `detailed`: request by request too."""
+        facts = summarize(self.records, self.seconds, slas, self.steps, self.goodput)
+        facts["steady"] = steady_of_all([run["steady"] for run in self.runs])
+        if detailed:
+            facts |= details(self.records)
         return {
             "policy": self.policy,
             "clients": self.load.clients,
@@ -79,6 +83,7 @@ class Grid:
         workload: Workload,
         slas: Sequence[Sla],
         clock: Clock,
+        goodput: Goodput | None = None,
     ) -> None:
         self.cells: dict[tuple[str, str], Cell] = {}
         self._engine = engine
@@ -87,6 +92,7 @@ class Grid:
         self._workload = workload
         self._slas = slas
         self._clock = clock
+        self._goodput = goodput
         self._vocab_size: int = engine.model_config.vocab_size
         self._longest: int = engine.query().max_model_len
 
@@ -99,7 +105,7 @@ class Grid:
         """Gives the cell whenever one of its requests ends. Policies take turns at each load, so that the
         machine's drift meets them alike."""
         for repeat, load, policy in itertools.product(range(repeats), self._loads, self._policies):
-            cell = self.cells.setdefault((policy, str(load)), Cell(policy, load))
+            cell = self.cells.setdefault((policy, str(load)), Cell(policy, load, self._goodput))
             yield from self._run_cell(cell, repeat)
 
     def _run_cell(self, cell: Cell, repeat: int) -> Generator[Cell, None, None]:

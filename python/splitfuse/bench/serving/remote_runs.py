@@ -15,6 +15,7 @@ from ..._progress import CountBar, on_terminal
 from .drive import Load
 from .facts import sla_facts, workload_facts
 from .http_load import HttpOptions, busy_seconds, closed_loop, poisson
+from .per_request import details
 from .policies import Workload
 from .replicas import replicas
 from .report import summarize
@@ -119,7 +120,9 @@ async def _cells(
             await _run(urls, asks, load, http, records, workload.seed, cut, bar)
         seconds = time.perf_counter() - begin
         if records:
-            facts = summarize(records, seconds, slas)
+            facts = summarize(records, seconds, slas, goodput=args.goodput)
+            if args.save_detailed:
+                facts |= details(records)
             if busy is not None and (after := await busy_seconds(urls, http)) is not None:
                 facts["steps"] = {"busy": (after - busy) / (seconds * len(urls))}
             name = title if len(urls) == 1 else f"{len(urls)} servers"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .drive import Step
+from .per_request import Goodput, latency, peaks, tpot, ttft
 from .sla import Sla, gaps
 from .workload import Record
 
@@ -19,7 +20,11 @@ _FEW = 20  # requests below which percentiles say little
 
 
 def summarize(
-    records: Sequence[Record], seconds: float, slas: Sequence[Sla], steps: Sequence[Step] = ()
+    records: Sequence[Record],
+    seconds: float,
+    slas: Sequence[Sla],
+    steps: Sequence[Step] = (),
+    goodput: Goodput | None = None,
 ) -> dict[str, Any]:
     """Of one policy or server under one load, `seconds` from start to end. Latencies in milliseconds, rates a
     second. `effective_throughput`: requests a second that met each level of service."""
@@ -30,16 +35,18 @@ def summarize(
         "duration": seconds,
         "completed": len(done),
         "failed": sum(1 for record in records if record.error is not None),
-        "errors": Counter(r.error for r in records if r.error is not None).most_common(_ERRORS),
+        "failures": Counter(r.error for r in records if r.error is not None).most_common(_ERRORS),
         "total_input_tokens": sent,
         "total_output_tokens": made,
         "request_throughput": len(done) / seconds,
+        "request_goodput": sum(map(goodput.passes, done)) / seconds if goodput is not None else None,
         "output_throughput": made / seconds,
         "total_token_throughput": (sent + made) / seconds,
-        **_spread("ttft", [1e3 * (r.tokens[0] - r.sent) for r in done]),
-        **_spread("tpot", [1e3 * float(gaps(r).mean()) for r in done if len(r.tokens) > 1]),
-        **_spread("itl", _steady_gaps(done)),
-        **_spread("e2el", [1e3 * ((r.ended or 0.0) - r.sent) for r in done]),
+        **peaks(done),
+        **_spread("ttft", [1e3 * ttft(r) for r in done]),
+        **_spread("tpot", [1e3 * tpot(r) for r in done if r.count > 1]),
+        **_spread("itl", _inner_gaps(done)),
+        **_spread("e2el", [1e3 * latency(r) for r in done]),
         "effective_throughput": {name: count / seconds for name, count in good.items()},
         "steady": _steady(done, slas),
         "few_requests": len(done) < _FEW,
@@ -57,10 +64,11 @@ def _spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
     return {f"{kind}_{name}_ms": float(figure) for kind, figure in figures.items()}
 
 
-def _steady_gaps(done: Sequence[Record]) -> list[float]:
-    """Milliseconds between tokens. As FastGen's, without the first and the last request, which run alone."""
+def _inner_gaps(done: Sequence[Record]) -> list[float]:
+    """Milliseconds between tokens. As FastGen's, without the first and the last request, which run alone, and
+    without each request's last gap."""
     inner = sorted(done, key=lambda record: record.sent)[1:-1] if len(done) > 2 else done
-    return [1e3 * gap for record in inner for gap in gaps(record).tolist()]
+    return [1e3 * gap for record in inner for gap in gaps(record)[:-1].tolist()]
 
 
 def _steady(done: Sequence[Record], slas: Sequence[Sla]) -> dict[str, Any]:
@@ -73,8 +81,29 @@ def _steady(done: Sequence[Record], slas: Sequence[Sla]) -> dict[str, Any]:
     inside = [r for r in done if low <= (r.ended or 0.0) < high]
     window = max(high - low, 1e-9)
     return {
+        "duration": window,
         "request_throughput": len(inside) / window,
         "effective_throughput": {sla.name: sum(map(sla.passes, inside)) / window for sla in slas},
+    }
+
+
+def steady_of_all(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The middle halves of several runs taken together: `runs` are the `steady` of each."""
+    runs = [run for run in runs if run]
+    if not runs:
+        return {}
+    windows = [run["duration"] for run in runs]
+
+    def mean(rates: Sequence[float]) -> float:
+        return float(np.average(rates, weights=windows))
+
+    return {
+        "duration": sum(windows),
+        "request_throughput": mean([run["request_throughput"] for run in runs]),
+        "effective_throughput": {
+            name: mean([run["effective_throughput"][name] for run in runs])
+            for name in runs[0]["effective_throughput"]
+        },
     }
 
 

@@ -60,9 +60,9 @@ def _policies(
         roof = bench.roof()
         forward = forward_seconds(bench.engine, workload.prompt, clock)
         slas = [*scaled(forward, workload.prompt), *published()]
-        grid = Grid(bench.engine, args.policies, loads, workload, slas, clock)
+        grid = Grid(bench.engine, args.policies, loads, workload, slas, clock, args.goodput)
         _run(grid, args.repeat, cut, f"{bench.name}: {', '.join(args.policies)}")
-        facts = _facts(bench, grid, slas, workload, forward)
+        facts = _facts(bench, grid, slas, workload, forward, args.save_detailed)
         facts["roof"] = roof_facts(roof.or_better(bench.roof()))
         if args.simulate and not cut.asked:
             from .simulated import simulate
@@ -82,9 +82,9 @@ def _run(grid: Grid, repeats: int, cut: Cut, title: str) -> None:
 
 
 def _facts(
-    bench: Bench, grid: Grid, slas: Sequence[Sla], workload: Workload, forward: float
+    bench: Bench, grid: Grid, slas: Sequence[Sla], workload: Workload, forward: float, detailed: bool
 ) -> dict[str, Any]:
-    cells = [cell.facts(slas) for cell in grid.cells.values()]
+    cells = [cell.facts(slas, detailed) for cell in grid.cells.values()]
     return {
         "kind": "policies",
         "name": bench.name,

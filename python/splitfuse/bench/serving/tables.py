@@ -21,7 +21,7 @@ def tables(facts: dict[str, Any]) -> list[Table]:
     )
     found: list[Table] = [(title, _COLUMNS, [_row(cell) for cell in facts["cells"]])]
     failures = [
-        (cell["policy"], _at(cell), f"{n} x", told) for cell in facts["cells"] for told, n in cell["errors"]
+        (cell["policy"], _at(cell), f"{n} x", told) for cell in facts["cells"] for told, n in cell["failures"]
     ]
     if failures:
         found.append(("Requests that failed", ("", "load", "", "because"), failures))
