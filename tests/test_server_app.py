@@ -233,6 +233,13 @@ def test_unknown_paths_and_methods(server):
     assert httpx.get(server.url + "/").status_code == 404  # no page was wanted
 
 
+def test_the_model_as_it_was_given_is_a_name_too(server):
+    given = server.runtime.settings.model
+    assert given not in server.runtime.names
+    answer = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "model": given})
+    assert (answer.status_code, answer.json()["model"]) == (200, given)
+
+
 def test_a_request_id_comes_back_if_it_is_sane(server):
     assert (
         httpx.get(server.url + "/load", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"

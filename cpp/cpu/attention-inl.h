@@ -32,11 +32,7 @@
 // tile, times the scales of their values, to 16 bits of the largest: errors of 2^-16, where the cache's own are 2^-8.
 
 constexpr int kRows = kAttentionRows;
-constexpr int kTile = kAttentionTile;
-constexpr int kColumn = kAttentionColumn;
 constexpr int kTileColumns = kTile / kColumn;
-constexpr int kLine = 64;
-constexpr int kLead = 512;   // lines from fetching to use, found by trial
 constexpr int kPack = 8;   // query elements of one row that lie together: every head_dim is a multiple
 constexpr float kMostWeight = 32767.0f;   // of 16 bits: 256 products with int8, a tile of values, stay below 2^31
 
@@ -46,10 +42,10 @@ struct Attend {
   using Cell = typename F::Cell;
   using Weight = typename F::Weight;
   using Sum = typename F::Sum;
+  using Fetch = KvFetch<F>;
   static constexpr int kLanes = F::kLanes;
   static constexpr int kVecs = F::kVecs;
   static constexpr int kColumnVecs = kColumn / kLanes;
-  static constexpr int kColumnBytes = kColumn * F::kLaneBytes;
 
   struct State {
     float* m;
@@ -82,123 +78,6 @@ struct Attend {
     float* scales;
   };
 
-  // ---- Fetching ahead. With few query rows K and V come from memory, which is read at full speed only if it is told
-  // some KiB ahead. Hardware looks ahead within a page of 4 KiB, about a head's part of a block; so lines are fetched
-  // here in the order in which they will be used, as many for each step as it uses. In bursts most would be dropped.
-
-  static const char* block_at(const KvLayout& layout, const std::byte* kv, const int32_t* block_table, int column) {
-    return reinterpret_cast<const char*>(kv) + block_table[column / (layout.block_size / kColumn)] * layout.block_bytes;
-  }
-  static const char* keys_at(const KvLayout& layout, const char* block, int column) {
-    return block + column % (layout.block_size / kColumn) * kColumnBytes;
-  }
-  static const char* values_at(const KvLayout& layout, const char* block, int column) {
-    const int within = column % (layout.block_size / kColumn);
-    return block + layout.value_offset +
-           int64_t{within} * (kColumn / 2 * F::kPairRows * F::kLaneBytes) * layout.padded_dim;
-  }
-  static const float* key_scales_at(const KvLayout& layout, const char* block, int column) {
-    return reinterpret_cast<const float*>(block + layout.scale_offset) +
-           column % (layout.block_size / kColumn) * kColumn;
-  }
-
-  // The next lines are `count` at distances of `stride`.
-  static void fill_lines(const char* at, int64_t stride, int64_t count, AttentionAhead& ahead) {
-    for (int i = 0; i < kAheadLines; ++i) ahead.lines[i] = at + i * stride;
-    ahead.stride = kAheadLines * stride;
-    ahead.rows = static_cast<int32_t>((count + kAheadLines - 1) / kAheadLines);
-    ahead.offset = 0;
-  }
-
-  // The next lines: a column of values, or a block of keys, or a column of keys where the tile has not all of a block.
-  static void fill(const KvLayout& layout, AttentionAhead& ahead) {
-    const int block_columns = layout.block_size / kColumn;
-    const int column = ahead.begin / kColumn + ahead.column;
-    const char* block = block_at(layout, ahead.kv, ahead.block_table, column);
-    if (ahead.values) {
-      const int64_t bytes = int64_t{kColumn / 2 * F::kPairRows * F::kLaneBytes} * layout.padded_dim;
-      fill_lines(values_at(layout, block, column), kLine, bytes / kLine, ahead);
-      ++ahead.column;
-      return;
-    }
-    if constexpr (F::kInt8) {
-      const float* scales = key_scales_at(layout, block, column);
-      __builtin_prefetch(scales, 0, 2);
-      __builtin_prefetch(scales + layout.block_size, 0, 2);
-    }
-    const char* at = keys_at(layout, block, column);
-    const int64_t row_bytes = int64_t{layout.block_size} * F::kLaneBytes;
-    const int rows = layout.head_dim * F::kPairRows / 2;
-    const bool whole = column % block_columns == 0 && ahead.columns - ahead.column >= block_columns;
-    whole ? fill_lines(at, kLine, rows * row_bytes / kLine, ahead) : fill_lines(at, row_bytes, rows, ahead);
-    ahead.column += whole ? block_columns : 1;
-  }
-
-  static void enter_tile(AttentionAhead& ahead) {
-    ahead.values = false;
-    ahead.column = 0;
-    ahead.columns = (least(kTile, ahead.past - ahead.begin) + kColumn - 1) / kColumn;
-  }
-
-  // Goes on to the next lines: keys of a tile, then its values, the next tile, the next item. False at the end.
-  static bool refill(const AttentionItem& item, AttentionAhead& ahead) {
-    if (ahead.column == ahead.columns) {
-      if (!ahead.values) {
-        ahead.values = true;
-        ahead.column = 0;
-      } else if (ahead.begin + kTile < ahead.past) {
-        ahead.begin += kTile;
-        enter_tile(ahead);
-      } else if (item.next_kv != nullptr && !ahead.in_next) {
-        ahead.in_next = true;
-        ahead.kv = item.next_kv;
-        ahead.block_table = item.next_block_table;
-        ahead.begin = item.next_begin;
-        ahead.past = item.next_past;
-        enter_tile(ahead);
-      } else {
-        return false;
-      }
-    }
-    fill(item.layout, ahead);
-    return true;
-  }
-
-  static inline void fetch(const Tile& tile) {
-    AttentionAhead& ahead = *tile.ahead;
-    if (ahead.rows == 0 && !refill(*tile.item, ahead)) return;
-#pragma GCC unroll 8
-    for (int i = 0; i < kAheadLines; ++i) __builtin_prefetch(ahead.lines[i] + ahead.offset, 0, 2);
-    ahead.offset += ahead.stride;
-    --ahead.rows;
-  }
-
-  // For one step in a row of them, which reads `Bytes`.
-  template <int Bytes>
-  static inline void fetch_for(const Tile& tile, int step) {
-    constexpr int kBytes = kAheadLines * kLine;
-    constexpr int kSteps = Bytes < kBytes ? kBytes / Bytes : 1;
-    if (tile.ahead == nullptr || step % kSteps != 0) return;
-#pragma GCC unroll 4
-    for (int i = 0; i < (Bytes + kBytes - 1) / kBytes; ++i) fetch(tile);
-  }
-
-  // Where an item begins: the one before has fetched its first lines, or nobody has.
-  static void begin_fetching(const AttentionItem& item, const Tile& tile) {
-    AttentionAhead& ahead = *tile.ahead;
-    if (ahead.in_next) {
-      ahead.in_next = false;
-      return;
-    }
-    ahead.kv = item.kv;
-    ahead.block_table = item.block_table;
-    ahead.begin = item.first_segment * kAttentionSegment;
-    ahead.past = least(item.first + item.positions, item.last_segment * kAttentionSegment);
-    ahead.rows = 0;
-    enter_tile(ahead);
-    for (int i = 0; i < kLead / kAheadLines; ++i) fetch(tile);
-  }
-
   // ---- Register tiles
 
   // out [MR][kTile] = q k^T for NV registers of keys from `column` on. q: [head_dim / kPack][MR][kPack].
@@ -219,7 +98,7 @@ struct Attend {
     for (int d = 0; d < tile.head_dim; d += kPack) {
 #pragma GCC unroll 8
       for (int pair = 0; pair < kPack; pair += 2) {
-        fetch_for<NV * kLanes * F::kPairRows * F::kLaneBytes>(tile, pair / 2);
+        Fetch::template step<NV * kLanes * F::kPairRows * F::kLaneBytes>(*tile.item, tile.ahead, pair / 2);
 #pragma GCC unroll 2
         for (int step = 0; step < F::kSteps; ++step) {
           typename F::Factors key[NV];
@@ -279,7 +158,7 @@ struct Attend {
       const char* at = columns[pair / kPairs] + offset + (pair % kPairs) * pair_bytes;
       const int stop = least(end, (pair / kPairs + 1) * kPairs);
       for (; pair < stop; ++pair, at += pair_bytes) {
-        fetch_for<NV * kLanes * F::kPairRows * F::kLaneBytes>(tile, pair);
+        Fetch::template step<NV * kLanes * F::kPairRows * F::kLaneBytes>(*tile.item, tile.ahead, pair);
 #pragma GCC unroll 2
         for (int half = 0; half < F::kSteps; ++half) {
           typename F::Factors value[NV];
@@ -516,11 +395,11 @@ struct Attend {
   static void find_columns(const AttentionItem& item, int begin, int past, Tile& tile) {
     for (int i = 0; begin + i * kColumn < past; ++i) {
       const int column = begin / kColumn + i;
-      const char* block = block_at(item.layout, item.kv, item.block_table, column);
-      tile.keys[i] = keys_at(item.layout, block, column);
-      tile.values[i] = values_at(item.layout, block, column);
+      const char* block = Fetch::block_at(item.layout, item.kv, item.block_table, column);
+      tile.keys[i] = Fetch::keys_at(item.layout, block, column);
+      tile.values[i] = Fetch::values_at(item.layout, block, column);
       if constexpr (F::kInt8) {
-        tile.key_scales[i] = key_scales_at(item.layout, block, column);
+        tile.key_scales[i] = Fetch::key_scales_at(item.layout, block, column);
         tile.value_scales[i] = tile.key_scales[i] + item.layout.block_size;
       }
     }
@@ -587,7 +466,7 @@ struct Attend {
     for (int begin = index * kAttentionSegment; begin < past; begin += kTile) {
       find_columns(item, begin, least(past, begin + kTile), tile);
       tile.ahead = item.ahead;
-      if (tile.ahead != nullptr && begin == item.first_segment * kAttentionSegment) begin_fetching(item, tile);
+      if (tile.ahead != nullptr && begin == item.first_segment * kAttentionSegment) Fetch::begin(item, *tile.ahead);
       for (int row = 0; row < rows; row += kRows) {
         const int count = least(kRows, rows - row);
         int keys[kRows];

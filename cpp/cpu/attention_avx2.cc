@@ -9,6 +9,8 @@ namespace {
 
 #include "cpu/kv_rows-inl.h"
 
+#include "cpu/kv_fetch-inl.h"
+
 #include "cpu/attention-inl.h"
 
 struct F32 : Avx2 {

@@ -9,6 +9,8 @@ namespace {
 
 #include "cpu/kv_rows-inl.h"
 
+#include "cpu/kv_fetch-inl.h"
+
 #include "cpu/attention-inl.h"
 
 // Both products of a pair in one instruction. Softmax weights are rounded to bfloat16, and it is the rounded

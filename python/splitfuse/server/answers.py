@@ -24,7 +24,7 @@ _SHAPES: dict[str, type[BaseModel]] = {
 
 def check_model(runtime: Runtime, name: str | None) -> None:
     """Raises ApiError 404 for a model that is not served; None is whichever there is."""
-    if name is not None and name not in runtime.names:
+    if name is not None and not runtime.answers_to(name):
         raise ApiError(404, f"The model {name[:200]!a} does not exist.", param="model")
 
 

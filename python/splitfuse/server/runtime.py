@@ -208,6 +208,10 @@ class Runtime:
         """The names a client may call the model by; the first is shown."""
         return self.settings.served_names or (self.served.loaded.name,)
 
+    def answers_to(self, name: str) -> bool:
+        """Also to the model as the operator gave it, a path perhaps, which is what vLLM's clients ask for."""
+        return name in self.names or (not self.settings.served_names and name == self.settings.model)
+
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises ApiError 400 if the model came without one."""
