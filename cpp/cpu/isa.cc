@@ -1,5 +1,9 @@
 #include "cpu/isa.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 #include <array>
 #include <cstdlib>
 #include <vector>
@@ -11,7 +15,8 @@
 namespace splitfuse {
 namespace {
 
-constexpr std::array kLadder = {Isa::kRef, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16};
+constexpr std::array kLadder = {Isa::kRef,        Isa::kAvx2, Isa::kAvx512,  Isa::kAvx512Vnni,
+                                Isa::kAvx512Bf16, Isa::kNeon, Isa::kNeonBf16};
 constexpr const char* kOverride = "SPLITFUSE_CPU_ISA";
 
 Isa best() {
@@ -49,6 +54,10 @@ const char* isa_name(Isa isa) {
       return "avx512_vnni";
     case Isa::kAvx512Bf16:
       return "avx512_bf16";
+    case Isa::kNeon:
+      return "neon";
+    case Isa::kNeonBf16:
+      return "neon_bf16";
   }
   return "?";
 }
@@ -71,8 +80,13 @@ bool isa_available(Isa isa) {
       return vnni;
     case Isa::kAvx512Bf16:
       return vnni && __builtin_cpu_supports("avx512bf16");
+    default:
+      return false;
   }
-  return false;
+#elif defined(__aarch64__)
+  const bool neon = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;   // its dot products; the rest every one has
+  const bool bf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+  return isa == Isa::kRef || (isa == Isa::kNeon && neon) || (isa == Isa::kNeonBf16 && neon && bf16);
 #else
   return isa == Isa::kRef;
 #endif

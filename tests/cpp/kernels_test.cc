@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -199,7 +200,9 @@ class RowKernelsOf : public testing::TestWithParam<std::string> {
   Isa isa() const { return isa_from_name(GetParam()); }
 };
 
-bool same(float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0 || (std::isnan(a) && std::isnan(b)); }
+bool same(float a, float b) {
+  return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b) || (std::isnan(a) && std::isnan(b));
+}
 
 /// `depth` cells, zeros behind them, and in one case out of three something that is not finite.
 std::vector<float> cells(Draw& draw, int32_t depth) {
