@@ -1,6 +1,8 @@
 #include "cpu/isa.h"
 
-#if defined(__aarch64__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
 
@@ -15,9 +17,17 @@
 namespace splitfuse {
 namespace {
 
-constexpr std::array kLadder = {Isa::kRef,        Isa::kAvx2, Isa::kAvx512,  Isa::kAvx512Vnni,
-                                Isa::kAvx512Bf16, Isa::kNeon, Isa::kNeonBf16};
+constexpr std::array kLadder = {Isa::kRef,        Isa::kAvx2,       Isa::kAvxVnni, Isa::kAvx512,
+                                Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kNeon,    Isa::kNeonBf16};
 constexpr const char* kOverride = "SPLITFUSE_CPU_ISA";
+
+#if defined(__x86_64__)
+/// Not every compiler's __builtin_cpu_supports() knows it.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
 
 Isa best() {
   Isa isa = Isa::kRef;
@@ -48,6 +58,8 @@ const char* isa_name(Isa isa) {
       return "ref";
     case Isa::kAvx2:
       return "avx2";
+    case Isa::kAvxVnni:
+      return "avx_vnni";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx512Vnni:
@@ -74,6 +86,8 @@ bool isa_available(Isa isa) {
       return true;
     case Isa::kAvx2:
       return avx2;
+    case Isa::kAvxVnni:
+      return avx2 && has_avx_vnni();
     case Isa::kAvx512:
       return avx512;
     case Isa::kAvx512Vnni:
