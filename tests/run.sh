@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stages=(setup lint cpp threads fuzz python isas)
+stages=(setup lint cpp threads fuzz arm python isas)
 python=${PYTHON:-python3}
 jobs=$(nproc)
 reports=build/reports
@@ -30,6 +30,10 @@ stage_setup() {
   echo '#include <Python.h>' | compiles "$("$python" -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')" ||
     missing+=(python3-dev)
   "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+  # The kernels for Arm are built for it and run under emulation.
+  command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu)
+  command -v qemu-aarch64 >/dev/null || missing+=(qemu-user)
+  [ -d /usr/src/googletest ] || missing+=(googletest)
   # The server's page is tested in a real browser.
   command -v chromium >/dev/null || missing+=(chromium)
   command -v chromedriver >/dev/null || missing+=(chromium-driver)
@@ -55,14 +59,18 @@ stage_setup() {
 
 sources() { find cpp cuda python/bindings tests/cpp "$@"; }
 
+tidy() {  # tidy NAME <FILES: as they are compiled in build/NAME
+  xargs -P "$jobs" -n 1 clang-tidy --quiet -p "build/$1" 2>"build/$1-tidy.log" ||
+    { tail -n 20 "build/$1-tidy.log" >&2; return 1; }
+}
+
 stage_lint() {
   ruff check .
   ruff format --check .
   mypy
   sources -name '*.h' -o -name '*.cc' | xargs clang-format --dry-run -Werror
   configure lint -DSPLITFUSE_PYTHON=ON -Dpybind11_DIR="$(python -m pybind11 --cmakedir)"
-  sources -name '*.cc' -not -path '*/consumer/*' | xargs -P "$jobs" -n 1 clang-tidy --quiet -p build/lint 2>build/tidy.log ||
-    { tail -n 20 build/tidy.log >&2; return 1; }
+  sources -name '*.cc' -not -path '*/consumer/*' -not -name '*_neon*' | tidy lint
 }
 
 # ---- C++
@@ -86,6 +94,28 @@ sanitized() {  # sanitized NAME SANITIZERS LABEL [TARGET...]: builds and runs th
 stage_cpp() { sanitized asan "address;undefined" unit all; }
 stage_threads() { sanitized tsan thread threads thread_pool_test engine_test; }
 stage_fuzz() { build/asan/tests/cpp/fuzz_safetensors --seconds 60; }
+
+stage_arm() {  # the kernels for 64-bit Arm, on an emulated processor that has every extension
+  local gtest=$PWD/build/arm-gtest objects
+  local tests=(base_test checkpoint_test engine_test kernels_attention_test kernels_test rungs_test thread_pool_test)
+  # gcc 12 for Arm breaks down over one of the tests at -O3; the kernels get that all the same.
+  local flags=("-DCMAKE_TOOLCHAIN_FILE=$PWD/cmake/aarch64-linux-gnu.cmake" -DCMAKE_BUILD_TYPE=Release
+    "-DCMAKE_CXX_FLAGS_RELEASE=-O2 -DNDEBUG")
+  cmake -S /usr/src/googletest -B "$gtest" -G Ninja "${flags[@]}" -DBUILD_GMOCK=OFF \
+    "-DCMAKE_INSTALL_PREFIX=$gtest/installed" >build/arm-gtest.log
+  cmake --build "$gtest" --target install >>build/arm-gtest.log
+  configure arm "${flags[@]}" "-DCMAKE_PREFIX_PATH=$gtest/installed"
+  cmake --build build/arm -j "$jobs" --target "${tests[@]}"
+  # As tests/test_binary.py has it: the linker could take such a copy for every processor.
+  objects=$(find build/arm -name '*_neon*.cc.o')
+  [ -n "$objects" ] || fail "no kernels for Arm were built"
+  # shellcheck disable=SC2086
+  if aarch64-linux-gnu-nm -AC $objects | grep ' [WVu] '; then
+    fail "files of an instruction set leave symbols that the linker may share"
+  fi
+  sources -name '*_neon*.cc' | tidy arm
+  ctest --test-dir build/arm --no-tests=error -j "$jobs" -L arm
+}
 
 # ---- Python, on the installed wheel
 

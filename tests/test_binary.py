@@ -13,7 +13,7 @@ pytestmark = pytest.mark.machine_independent
 
 PACKAGE = Path(splitfuse._core.__file__).parent
 LIBRARY = PACKAGE / "lib/libsplitfuse.so.0"
-ISA_OBJECT = re.compile(r"_(avx2|avx512|avx512_vnni|avx512_bf16)\.cc\.o$")
+ISA_OBJECT = re.compile(r"_(avx2|avx_vnni|avx512|avx512_vnni|avx512_bf16)\.cc\.o$")
 WIDE_REGISTER = re.compile(r"%[yzt]mm\d")
 SOURCES = native.ROOT / "python/splitfuse"
 HEADERS = native.ROOT / "cpp/include"

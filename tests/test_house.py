@@ -36,10 +36,9 @@ CPP_EXCEPTIONS = {
     "python/bindings/testing.cc": {"base", "backend", "host", "cpu", "model"},
     "python/bindings/testing_engine.cc": {"base", "backend", "host", "model", "engine"},
 }
-INTRINSICS = re.compile(
-    r"_(avx2|avx512|avx512_vnni|avx512_bf16)(-inl)?\.(cc|h)$"
-)  # files of one instruction set
-POSIX = re.compile(r"(sys/\w+|linux/\w+|fcntl|pthread|sched|unistd)\.h")
+ISAS = r"(avx2|avx_vnni|avx512|avx512_vnni|avx512_bf16|neon|neon_bf16)"
+INTRINSICS = re.compile(rf"_{ISAS}(-inl)?\.(cc|h)$")  # files of one instruction set
+POSIX = re.compile(r"(sys/\w+|linux/\w+|cpuid|fcntl|pthread|sched|unistd)\.h")
 BACKEND_FACTORY = re.compile(r"\bmake_(cpu|cuda)_backend\b")
 
 # ---- The floors of Python. "local" is the package itself; the standard library is free to all.
@@ -104,7 +103,7 @@ def in_folder(file: Path, folders: tuple[str, ...]) -> bool:
 def system_kind(header: str, file: Path) -> str:
     if header.startswith("pybind11/"):
         return "pybind11"
-    if header == "immintrin.h":
+    if header in ("immintrin.h", "arm_neon.h"):
         return (
             "std" if INTRINSICS.search(file.name) else "intrinsics outside the files of one instruction set"
         )
@@ -214,7 +213,7 @@ def executed_by(node: ast.AST) -> set[str]:
     return {f"{called} that may execute"} if pickles or CALLS_THAT_EXECUTE.fullmatch(called) else set()
 
 
-KERNEL = re.compile(r"cpp/cpu/\w+(_(ref|avx2|avx512|avx512_vnni|avx512_bf16)\.cc|-inl\.h)")
+KERNEL = re.compile(rf"cpp/cpu/\w+(_(ref|{ISAS})\.cc|-inl\.h)")
 
 
 def is_kernel(file: Path) -> bool:
@@ -361,6 +360,7 @@ BROKEN = {
     "cpp/cpu/across.cc": ('#include "host/kv_pool.h"\n', include_offences),
     "cpp/base/torch.cc": ("#include <torch/torch.h>\n", include_offences),
     "cpp/cpu/rows.cc": ("#include <immintrin.h>\n", include_offences),
+    "cpp/cpu/linear.cc": ("#include <arm_neon.h>\n", include_offences),
     "cpp/include/splitfuse/unix.h": ("#pragma once\n#include <unistd.h>\n", include_offences),
     "cpp/model/choose.cc": ("auto b = make_cpu_backend(t, 1, isa);\n", include_offences),
     "cpp/novel/thing.h": ("#pragma once\n", include_offences),
@@ -406,12 +406,13 @@ def test_the_rules_pass_what_is_right(tmp_path):
     good = {
         "README.md": "SPLITFUSE_CPU_ISA\nint main() {}\n",
         "tests/cpp/consumer/main.cc": "int main() {}\n",
-        "cpp/CMakeLists.txt": "engine/engine.cc engine/make_backend.cc cpu/isa.cc cpu/rows_avx2.cc\n",
+        "cpp/CMakeLists.txt": "engine/engine.cc engine/make_backend.cc cpu/isa.cc cpu/rows_avx2.cc rows_neon.cc\n",
         "tests/cpp/CMakeLists.txt": "main.cc testing.cc\n",
         "cpp/engine/engine.cc": '#include "engine/engine.h"\n#include "host/kv_pool.h"\n#include <sys/mman.h>\n',
         "cpp/engine/make_backend.cc": "auto b = make_cpu_backend(t, 1, isa);\n",
         "cpp/cpu/isa.cc": '#include "cpu/isa.h"\nauto e = std::getenv("SPLITFUSE_CPU_ISA");\n',
         "cpp/cpu/rows_avx2.cc": "#include <immintrin.h>\n",
+        "cpp/cpu/rows_neon.cc": "#include <arm_neon.h>\n",
         "python/bindings/testing.cc": '#include "host/kv_pool.h"\n#include "bindings.h"\n#include <pybind11/stl.h>\n',
         "python/splitfuse/bin_file.py": "import os\nimport pickle\nimport torch\nfrom . import _core\n"
         "from .models import llama\ntorch.load(os, weights_only=True)\nre.compile('x')\n",

@@ -15,6 +15,7 @@ from splitfuse import _core
 pytestmark = pytest.mark.machine_independent  # each test names its instruction set
 
 ISAS = _core.cpu_isas()
+PAIRWISE = ("avx512_bf16", "neon_bf16")  # pairs of bfloat16 are multiplied by one instruction
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ KERNELS = [
     for isa in ISAS
     for dtype in ("float32", "bfloat16")
     for kv_dtype in ("auto", "int8")
-    if kv_dtype == "auto" or isa != "avx512_bf16" or dtype == "bfloat16"  # it has no kernels of its own there
+    if kv_dtype == "auto"
+    or isa not in PAIRWISE
+    or dtype == "bfloat16"  # they have no kernels of their own there
 ]
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=str)
 int8_kernels = pytest.mark.parametrize("kernel", [k for k in KERNELS if not k.exact_cache], ids=str)
@@ -197,7 +200,7 @@ def assert_close(out: np.ndarray, qkv: np.ndarray, cache: Cache, table: list[int
     else:
         # The result is rounded to 8 bits; where pairs are multiplied, each softmax weight is too. A cosine one bit off
         # may now and then turn the rounding of a query or key.
-        weights = 2.0**-8 if kernel.isa == "avx512_bf16" and kernel.exact_cache else 2.0**-10
+        weights = 2.0**-8 if kernel.isa in PAIRWISE and kernel.exact_cache else 2.0**-10
         allowed = np.abs(truth) * 2.0**-8 + size * weights + 1e-6
     if stored is not None and kernel.isa != "ref":
         # Queries, and softmax weights times scales, are rounded to 16 bits of the largest.

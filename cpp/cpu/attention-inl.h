@@ -1,7 +1,7 @@
 // The attention of one work item, for any vector width and number format. Included only by files of one
 // instruction set, inside their anonymous namespace, with a Format:
 //
-//   Reg                  a register of kLanes floats (8 or 16)
+//   Reg                  a register of kLanes floats (4, 8 or 16)
 //   Cell                 an element of q and the output
 //   Weight               a packed query element or softmax weight: what a Reg of K or V is multiplied by
 //   Sum, zero()          kLanes sums of products, which kVecs registers hold
@@ -13,7 +13,7 @@
 //   factors(at, row_bytes, step), first_factors(at)   the latter with nothing of the pair's second factor in it
 //   weights(pair, step), fma(weights, factors, sum)
 //   put(out, value, n), get(in, n)     n floats to and from Cells and floats
-//   and set, add, mul, sub, max (the second if one is NaN), load, store, reduce_max, reduce_add, exp2,
+//   and set, add, mul, sub, max (NaN or the second if one is NaN), load, store, reduce_max, reduce_add, exp2,
 //   keep(value, n, fill): lanes from n on replaced.
 //
 // Where K and V are Cells:
@@ -431,14 +431,16 @@ struct Attend {
     Largest<F> largest;
     for (int d = 0; d < head_dim; d += kPack) {
       F::widen(in + d, wide);
-      largest.add(F::get(wide, kPack));
+      for (int i = 0; i < kPack; i += kLanes) largest.add(F::get(wide + i, kPack));
     }
     // So that the sum of all its products stays below 2^31.
     const float most = head_dim <= 512 ? kMostWeight : kMostWeight * 512 / static_cast<float>(head_dim);
     const Grid grid(largest.value(), most);
     for (int d = 0; d < head_dim; d += kPack, out += stride) {
       F::widen(in + d, wide);
-      F::put_weights(out, F::mul(F::get(wide, kPack), F::set(grid.inverse)), kPack);
+      for (int i = 0; i < kPack; i += kLanes) {
+        F::put_weights(out + i, F::mul(F::get(wide + i, kPack), F::set(grid.inverse)), kPack);
+      }
     }
     return grid.step;
   }

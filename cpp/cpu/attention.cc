@@ -28,6 +28,9 @@ AttentionKernels make_attention_kernels(DType dtype, KvDType kv, Isa isa) {
   if (isa >= Isa::kAvx2) attention_kernels_avx2(dtype, kv, kernels);
   if (isa >= Isa::kAvx512) attention_kernels_avx512(dtype, kv, kernels);
   if (isa >= Isa::kAvx512Bf16) attention_kernels_avx512_bf16(dtype, kv, kernels);
+#elif defined(__aarch64__)
+  if (isa >= Isa::kNeon) attention_kernels_neon(dtype, kv, kernels);
+  if (isa >= Isa::kNeonBf16) attention_kernels_neon_bf16(dtype, kv, kernels);
 #else
   (void)isa;
 #endif

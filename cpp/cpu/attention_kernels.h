@@ -108,6 +108,8 @@ void attention_kernels_ref(DType dtype, KvDType kv, AttentionKernels& kernels);
 void attention_kernels_avx2(DType dtype, KvDType kv, AttentionKernels& kernels);
 void attention_kernels_avx512(DType dtype, KvDType kv, AttentionKernels& kernels);
 void attention_kernels_avx512_bf16(DType dtype, KvDType kv, AttentionKernels& kernels);
+void attention_kernels_neon(DType dtype, KvDType kv, AttentionKernels& kernels);
+void attention_kernels_neon_bf16(DType dtype, KvDType kv, AttentionKernels& kernels);
 
 constexpr int64_t attention_padded_rows(int64_t rows) { return (rows + 15) / 16 * 16; }
 constexpr int64_t attention_state_floats(int64_t rows, int64_t padded_dim) {

@@ -141,13 +141,14 @@ void write_sums(const float* sums, int32_t rows, float* out, int64_t stride, int
 }
 
 /// The rows' groups are combined as one long run, so that a wide register never is half empty but at the end, where it
-/// computes on what lies behind the sums.
+/// computes on what lies behind the sums. A narrow one takes a part of a group.
 template <int R, int W, class Out>
 void write_gated(const float* sums, int32_t rows, Out* out, int64_t stride, int32_t columns) {
   constexpr int kOutputs = W / 2;
   Out values[R * kOutputs + Vec::kLanes];
   for (int32_t i = 0; i < rows * kOutputs; i += Vec::kLanes) {
-    Vec::store(values + i, Vec::mul(silu(Vec::gates(sums + 2 * i)), Vec::ups(sums + 2 * i)));
+    const float* at = sums + 2 * i - i % kGateGroup;
+    Vec::store(values + i, Vec::mul(silu(Vec::gates(at)), Vec::ups(at)));
   }
   for (int32_t r = 0; r < rows; ++r) {
     const Out* from = values + r * kOutputs;

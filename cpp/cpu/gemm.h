@@ -100,9 +100,13 @@ void add_gemm_ref(GemmTable& table);
 void add_gemm_avx2(GemmTable& table);
 void add_gemm_avx512(GemmTable& table);
 void add_gemm_avx512_bf16(GemmTable& table);
+void add_gemm_neon(GemmTable& table);
+void add_gemm_neon_bf16(GemmTable& table);
 void add_integer_gemm_ref(GemmTable& table);
 void add_integer_gemm_avx2(GemmTable& table);
+void add_integer_gemm_avx_vnni(GemmTable& table);
 void add_integer_gemm_avx512(GemmTable& table);
 void add_integer_gemm_avx512_vnni(GemmTable& table);
+void add_integer_gemm_neon(GemmTable& table);
 
 }  // namespace splitfuse

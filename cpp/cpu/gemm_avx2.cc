@@ -43,7 +43,8 @@ uint64_t read(const std::byte* data, int64_t bytes) {
   }
 #pragma GCC unroll 8
   for (int j = 1; j < 8; ++j) all[0] = _mm256_or_si256(all[0], all[j]);
-  return static_cast<uint64_t>(_mm256_extract_epi64(all[0], 0) | _mm256_extract_epi64(all[0], 2));
+  const __m128i half = _mm_or_si128(_mm256_castsi256_si128(all[0]), _mm256_extracti128_si256(all[0], 1));
+  return static_cast<uint64_t>(_mm_extract_epi64(half, 0) | _mm_extract_epi64(half, 1));
 }
 
 }  // namespace

@@ -275,14 +275,14 @@ void quantize_row(const void* in, int32_t depth, std::byte* out) {
   constexpr int kRegs = kQuantGroup / Vec::kLanes;
   for (int32_t g = 0; g < record.groups; ++g) {
     Vec::Reg x[kRegs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kRegs; ++i) x[i] = Int::load_cells(cells + g * kQuantGroup + i * Vec::kLanes);
     const float largest = Int::largest_magnitude(x);
     // NaN for NaN, 0 for what is too small to be divided by.
     const float inverse = largest >= 0x1p-100f ? 127.0f / largest : 0.0f;
     const bool finite = largest < __builtin_inff();
     typename Int::Sums whole[kRegs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kRegs; ++i) {
       whole[i] = finite ? Int::round(Vec::mul(x[i], Vec::set(inverse))) : Int::zero();
     }

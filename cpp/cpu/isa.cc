@@ -1,5 +1,11 @@
 #include "cpu/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 #include <array>
 #include <cstdlib>
 #include <vector>
@@ -11,8 +17,17 @@
 namespace splitfuse {
 namespace {
 
-constexpr std::array kLadder = {Isa::kRef, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16};
+constexpr std::array kLadder = {Isa::kRef,        Isa::kAvx2,       Isa::kAvxVnni, Isa::kAvx512,
+                                Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kNeon,    Isa::kNeonBf16};
 constexpr const char* kOverride = "SPLITFUSE_CPU_ISA";
+
+#if defined(__x86_64__)
+/// Not every compiler's __builtin_cpu_supports() knows it.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
 
 Isa best() {
   Isa isa = Isa::kRef;
@@ -43,12 +58,18 @@ const char* isa_name(Isa isa) {
       return "ref";
     case Isa::kAvx2:
       return "avx2";
+    case Isa::kAvxVnni:
+      return "avx_vnni";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx512Vnni:
       return "avx512_vnni";
     case Isa::kAvx512Bf16:
       return "avx512_bf16";
+    case Isa::kNeon:
+      return "neon";
+    case Isa::kNeonBf16:
+      return "neon_bf16";
   }
   return "?";
 }
@@ -65,14 +86,21 @@ bool isa_available(Isa isa) {
       return true;
     case Isa::kAvx2:
       return avx2;
+    case Isa::kAvxVnni:
+      return avx2 && has_avx_vnni();
     case Isa::kAvx512:
       return avx512;
     case Isa::kAvx512Vnni:
       return vnni;
     case Isa::kAvx512Bf16:
       return vnni && __builtin_cpu_supports("avx512bf16");
+    default:
+      return false;
   }
-  return false;
+#elif defined(__aarch64__)
+  const bool neon = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;   // its dot products; the rest every one has
+  const bool bf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+  return isa == Isa::kRef || (isa == Isa::kNeon && neon) || (isa == Isa::kNeonBf16 && neon && bf16);
 #else
   return isa == Isa::kRef;
 #endif

@@ -7,11 +7,12 @@
 namespace splitfuse {
 
 /// Each rung implies those below it: a table of functions starts at kRef, and every rung up to the chosen one
-/// replaces the entries it improves. A place kept for a later rung: AMX after kAvx512Bf16; NEON will be a ladder of its
-/// own above kRef.
-enum class Isa : uint8_t { kRef, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
+/// replaces the entries it improves. Not so kAvxVnni, which a processor with AVX-512 may lack: its entries are its own
+/// alone. There are two ladders above kRef, and a machine can run rungs of one. A place kept for a later rung: AMX
+/// after kAvx512Bf16.
+enum class Isa : uint8_t { kRef, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kNeon, kNeonBf16 };
 
-/// "ref", "avx2", "avx512", "avx512_vnni" or "avx512_bf16".
+/// "ref"; "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16"; "neon" (with dot products), "neon_bf16".
 const char* isa_name(Isa isa);
 
 /// True if this processor and its operating system can run the rung.

@@ -27,10 +27,17 @@ GemmTable gemm_table(Isa isa) {
 #if defined(__x86_64__)
   if (isa >= Isa::kAvx2) add_gemm_avx2(table);
   if (isa >= Isa::kAvx2) add_integer_gemm_avx2(table);
+  if (isa == Isa::kAvxVnni) add_integer_gemm_avx_vnni(table);
   if (isa >= Isa::kAvx512) add_gemm_avx512(table);
   if (isa >= Isa::kAvx512) add_integer_gemm_avx512(table);
   if (isa >= Isa::kAvx512Vnni) add_integer_gemm_avx512_vnni(table);
   if (isa >= Isa::kAvx512Bf16) add_gemm_avx512_bf16(table);
+#elif defined(__aarch64__)
+  if (isa >= Isa::kNeon) add_gemm_neon(table);
+  if (isa >= Isa::kNeon) add_integer_gemm_neon(table);
+  if (isa >= Isa::kNeonBf16) add_gemm_neon_bf16(table);
+#else
+  (void)isa;
 #endif
   return table;
 }

@@ -49,8 +49,8 @@ Fit rounded(std::span<const float> x, float scale, float minimum) {
 /// the line of least squares; the best of all counts. So are the fits of llama.cpp's 4-bit formats found, over more
 /// ranges.
 Fit fit_int4(std::span<const float> x) {
+  if (!std::all_of(x.begin(), x.end(), [](float value) { return std::isfinite(value); })) return {kNaN, kNaN, 0.0f};
   const auto [low, high] = std::minmax_element(x.begin(), x.end());
-  if (!(std::isfinite(*low) && std::isfinite(*high))) return {kNaN, kNaN, 0.0f};
   Fit best = rounded(x, (*high - *low) / kMost4, *low);
   if (!(best.scale > 0.0f)) return best;
   const auto count = static_cast<float>(x.size());

@@ -30,6 +30,7 @@ struct RowKernels {
 void row_kernels_ref(DType dtype, RowKernels& kernels);
 void row_kernels_avx2(DType dtype, RowKernels& kernels);
 void row_kernels_avx512(DType dtype, RowKernels& kernels);
+void row_kernels_neon(DType dtype, RowKernels& kernels);
 
 /// The table for a rung of the ladder.
 RowKernels make_row_kernels(DType dtype, Isa isa);

@@ -12,6 +12,8 @@ RowKernels make_row_kernels(DType dtype, Isa isa) {
 #if defined(__x86_64__)
   if (isa >= Isa::kAvx2) row_kernels_avx2(dtype, kernels);
   if (isa >= Isa::kAvx512) row_kernels_avx512(dtype, kernels);
+#elif defined(__aarch64__)
+  if (isa >= Isa::kNeon) row_kernels_neon(dtype, kernels);
 #else
   (void)isa;
 #endif

@@ -1,0 +1,71 @@
+// GEMM for NEON with BF16: pairs of bf16 are multiplied and added by one instruction. On processors without extended
+// BF16 behaviour, and wherever it is not asked for, each of its additions rounds to odd and makes denormals zero.
+#include <arm_neon.h>
+
+#include "cpu/gemm.h"
+
+namespace splitfuse {
+namespace {
+
+#include "cpu/gemm_vector_neon-inl.h"
+
+struct Vec : GemmNeon {
+  using GemmNeon::store;
+  static void store(uint16_t* p, Reg x) { vst1_u16(p, vreinterpret_u16_bf16(vcvt_bf16_f32(x))); }
+};
+
+#include "cpu/gemm-inl.h"
+
+constexpr int kRegisters = 4;  // columns of a panel
+constexpr int kRows = 6;       // 24 sums, 4 weights and 1 broadcast of 32 registers
+
+struct Bf16Format {
+  using In = uint16_t;
+  using Weight = uint16_t;
+  using Out = uint16_t;
+  static constexpr int32_t kPerStep = 2;
+
+  template <int R, int C>
+  [[gnu::always_inline]] static void step(const In* in, int64_t stride, const Weight* panel, Vec::Reg (&sums)[R][C]) {
+    bfloat16x8_t weights[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) weights[c] = vreinterpretq_bf16_u16(vld1q_u16(panel + 2 * c * Vec::kLanes));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      uint32_t pair;
+      __builtin_memcpy(&pair, in + r * stride, sizeof pair);
+      const bfloat16x8_t x = vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sums[r][c] = vbfdotq_f32(sums[r][c], x, weights[c]);
+    }
+  }
+};
+
+double peak(int64_t rounds) {
+  constexpr int kSums = 24;
+  Vec::Reg acc[kSums];
+  uint32x4_t halves = vdupq_n_u32(0x3f003f00);   // pairs of 0.5
+  asm volatile("" : "+w"(halves));
+  const bfloat16x8_t x = vreinterpretq_bf16_u32(halves);
+#pragma GCC unroll 32
+  for (int r = 0; r < kSums; ++r) acc[r] = Vec::set(0.0f);
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 32
+    for (int r = 0; r < kSums; ++r) acc[r] = vbfdotq_f32(acc[r], x, x);
+#pragma GCC unroll 32
+    for (int r = 0; r < kSums; ++r) Vec::touch(acc[r]);
+  }
+  return 4.0 * kSums * Vec::kLanes * static_cast<double>(rounds);
+}
+
+}  // namespace
+
+void add_gemm_neon_bf16(GemmTable& table) {
+  table.bf16 = {.width = kRegisters * Vec::kLanes,
+                .row_tile = kRows,
+                .multiply = multiply<Bf16Format, kRows, kRegisters>,
+                .widen = nullptr,
+                .peak = peak};
+}
+
+}  // namespace splitfuse
