@@ -123,6 +123,8 @@ class Backend {
   // ---- Housekeeping
   /// One line for people: device, ISA, threads, number format.
   virtual std::string describe() const = 0;
+  /// The kernels chosen for matrices in `weights`, an embedding table and head in `head`, and a KV cache of `kv`.
+  virtual std::vector<KernelChoice> kernels(WeightFormat weights, WeightFormat head, KvDType kv) const = 0;
   /// Format of activations and weights; float32 or bfloat16.
   virtual DType dtype() const = 0;
   /// Bytes that could be taken now.

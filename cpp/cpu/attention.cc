@@ -106,6 +106,8 @@ void write_kv(const KvLayout& layout, std::byte* head, int64_t within, const Col
 
 PagedAttention::PagedAttention(DType dtype, Isa isa, ThreadPool& pool) : dtype_(dtype), isa_(isa), pool_(pool) {}
 
+Isa PagedAttention::kernel_isa(KvDType kv) const { return make_attention_kernels(dtype_, kv, isa_).isa; }
+
 int64_t PagedAttention::block_bytes(const KvShape& shape, DType dtype) { return make_layout(shape, dtype).block_bytes; }
 
 PagedAttention::Room PagedAttention::room(const AttentionShape& shape, const StepLimits& limits) const {

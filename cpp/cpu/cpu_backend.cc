@@ -19,6 +19,20 @@ std::string CpuBackend::describe() const {
              dtype_name(dtype_));
 }
 
+std::vector<KernelChoice> CpuBackend::kernels(WeightFormat weights, WeightFormat head, KvDType kv) const {
+  const auto gemm = [&](const char* operation, WeightFormat format) -> KernelChoice {
+    const GemmKernel& kernel = linears_.kernel(format);
+    const std::string name = format == WeightFormat::kDense ? dtype_name(dtype_) : weight_format_name(format);
+    return {operation, isa_name(kernel.isa), cat(name, ", ", kernel.width, " columns x ", kernel.row_tile, " rows")};
+  };
+  const std::string cache = kv == KvDType::kAuto ? dtype_name(dtype_) : kv_dtype_name(kv);
+  return {gemm("linear", weights),
+          gemm("head", head),
+          {"attention", isa_name(attention_.kernel_isa(kv)), cat(cache, " keys and values")},
+          {"norms", isa_name(rows_.kernel_isa()), dtype_name(dtype_)},
+          {"sampling", isa_name(sampler_.kernel_isa()), dtype_name(DType::kF32)}};
+}
+
 int64_t CpuBackend::available() const { return available_memory(); }
 
 int64_t CpuBackend::scratch_bytes(const AttentionShape& attention, const StepLimits& limits) const {

@@ -20,6 +20,7 @@ class CpuBackend final : public Backend {
   CpuBackend(DType dtype, int threads, Isa isa);
 
   std::string describe() const override;
+  std::vector<KernelChoice> kernels(WeightFormat weights, WeightFormat head, KvDType kv) const override;
   DType dtype() const override { return dtype_; }
   int64_t available() const override;
   int64_t linear_bytes(const LinearShape& shape) const override { return linears_.bytes(shape); }

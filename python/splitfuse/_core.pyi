@@ -265,6 +265,9 @@ class Engine:
     def model_config(self) -> ModelConfig: ...
 
 def plan_memory(model: ModelConfig, config: EngineConfig) -> MemoryPlan: ...
+def chosen_kernels(config: EngineConfig) -> list[tuple[str, str, str]]:
+    """(operation, instruction set, number formats and tile) of the kernels that an engine would run."""
+
 def cpu_isas() -> list[str]:
     """The rungs of the ISA ladder this machine can run, lowest first."""
 

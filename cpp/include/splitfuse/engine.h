@@ -189,4 +189,14 @@ class Engine {
 /// The memory plan that an Engine of this configuration would take, without taking it. Throws ConfigError.
 MemoryPlan plan_memory(const ModelConfig& model, const EngineConfig& config);
 
+/// Which kernel runs one kind of operation.
+struct KernelChoice {
+  std::string operation;   // "linear", "head", "attention", "norms" or "sampling"
+  std::string isa;         // the rung that the kernel was written for, at most the engine's
+  std::string detail;      // for people: number formats and tile
+};
+
+/// The kernels that an Engine of this configuration would run. Throws ConfigError.
+std::vector<KernelChoice> chosen_kernels(const EngineConfig& config);
+
 }  // namespace splitfuse
