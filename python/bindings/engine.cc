@@ -176,7 +176,8 @@ void register_output(py::module_& module) {
       .def_readonly("prefill_tokens", &StepOutput::prefill_tokens)
       .def_readonly("cached_tokens", &StepOutput::cached_tokens)
       .def_readonly("host_us", &StepOutput::host_us)
-      .def_readonly("forward_us", &StepOutput::forward_us);
+      .def_readonly("forward_us", &StepOutput::forward_us)
+      .def_readonly("barriers", &StepOutput::barriers);
 }
 
 void register_state(py::module_& module) {

@@ -63,6 +63,7 @@ class EngineConfig:
     dtype: str  # "float32" | "bfloat16"
     kv_dtype: str  # "auto" | "int8"
     threads: int
+    pin_threads: bool
     isa: str
     quantize: str
     token_budget: int
@@ -190,6 +191,7 @@ class StepOutput:
     cached_tokens: int
     host_us: float
     forward_us: float
+    barriers: int  # how often all threads waited for each other
 
 class Capacity:
     total_blocks: int

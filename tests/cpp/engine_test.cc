@@ -455,6 +455,7 @@ class PassingBackend : public Backend {
     return inner_->kernels(weights, head, kv);
   }
   DType dtype() const override { return inner_->dtype(); }
+  uint32_t barriers() const override { return inner_->barriers(); }
   int64_t available() const override { return inner_->available(); }
   int64_t linear_bytes(const LinearShape& shape) const override { return inner_->linear_bytes(shape); }
   int64_t kv_block_bytes(const KvShape& shape) const override { return inner_->kv_block_bytes(shape); }

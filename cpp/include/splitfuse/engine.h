@@ -76,6 +76,7 @@ struct StepOutput {
   int32_t cached_tokens = 0;         // of those that ran: tokens taken from the prefix cache instead of computed
   double host_us = 0;                // plan, reserve, batch build and commit, in microseconds
   double forward_us = 0;             // model and sampling
+  int32_t barriers = 0;              // how often all threads waited for each other
 };
 
 /// The engine's room at this moment.
