@@ -12,6 +12,7 @@ import time
 import pytest
 
 from splitfuse import LLM, SamplingParams, __version__
+from splitfuse._core import usable_cores
 
 pytestmark = pytest.mark.machine_independent
 COMMAND = [sys.executable, "-m", "splitfuse"]
@@ -363,11 +364,16 @@ def test_bench_latency(model):
     for row in facts["prefill"] + facts["decode"]:
         assert row["tokens_per_s"] > 0
         assert row["of_roof"] > 0
+    for row in facts["decode"]:
+        assert row["barriers"] >= 3 * 5 or usable_cores() == 1
+        seconds = row["in_barriers"] * row["seconds_per_step"]
+        assert seconds == pytest.approx(1e-6 * facts["barrier_us"] * row["barriers"])
     host = facts["host_us"]
     assert host["sequences"] == 16
     assert 0 < host["engine"]["p50"] <= host["engine"]["p99"]
     text = run("bench", "latency", model, *args, "--no-host", *SMALL).stdout
     assert "of roof" in text
+    assert "in barriers" in text
     assert "roof measured in this run" in text
 
 

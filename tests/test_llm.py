@@ -310,6 +310,7 @@ def test_auto_options_are_the_natives_own():
     config = engine_config(threads=3, token_budget=9, max_model_len=8, kv_memory="1KiB", prefix_caching=False)
     assert (config.threads, config.token_budget, config.max_model_len, config.kv_bytes) == (3, 9, 8, 1024)
     assert config.prefix_caching is False
+    assert (engine_config().pin_threads, engine_config(pin_threads=True).pin_threads) == (False, True)
 
 
 # ---------------------------------------------------------------- life

@@ -123,8 +123,12 @@ class Backend {
   // ---- Housekeeping
   /// One line for people: device, ISA, threads, number format.
   virtual std::string describe() const = 0;
+  /// The kernels chosen for matrices in `weights`, an embedding table and head in `head`, and a KV cache of `kv`.
+  virtual std::vector<KernelChoice> kernels(WeightFormat weights, WeightFormat head, KvDType kv) const = 0;
   /// Format of activations and weights; float32 or bfloat16.
   virtual DType dtype() const = 0;
+  /// How often its threads have all waited for each other so far, modulo 2^32; 0 on other devices.
+  virtual uint32_t barriers() const = 0;
   /// Bytes that could be taken now.
   virtual int64_t available() const = 0;
   virtual int64_t linear_bytes(const LinearShape& shape) const = 0;
@@ -167,8 +171,8 @@ class Backend {
 };
 
 /// Makes the CPU backend. Throws ConfigError for an unknown ISA, one this machine lacks, or a dtype other than
-/// float32 and bfloat16. `threads` as in EngineConfig.
-std::unique_ptr<Backend> make_cpu_backend(DType dtype, int threads, const std::string& isa);
+/// float32 and bfloat16. `threads` and `pin_threads` as in EngineConfig.
+std::unique_ptr<Backend> make_cpu_backend(DType dtype, int threads, const std::string& isa, bool pin_threads = false);
 /// Makes the CUDA backend, or throws ConfigError saying why there is none.
 std::unique_ptr<Backend> make_cuda_backend(DType dtype);
 

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <limits>
@@ -52,6 +53,16 @@ int touch(std::byte* data, int64_t size) {
   return 0;
 }
 
+int touch_in_turn(std::byte* data, int64_t size, ThreadPool& pool) {
+  std::atomic<int> error{0};
+  pool.run([&](int thread) {
+    for (int64_t at = thread * kHugePage; at < size; at += pool.size() * kHugePage) {
+      if (const int failed = touch(data + at, std::min(kHugePage, size - at)); failed != 0) error.store(failed);
+    }
+  });
+  return error.load();
+}
+
 // Room under a group's limit, counting its page cache as room.
 void limit_by(std::optional<int64_t> limit, std::optional<int64_t> used, const std::string& stat,
               const std::string& prefix, int64_t& room) {
@@ -63,7 +74,7 @@ void limit_by(std::optional<int64_t> limit, std::optional<int64_t> used, const s
 
 }  // namespace
 
-Memory::Memory(int64_t bytes) : size_(bytes) {
+Memory::Memory(int64_t bytes, ThreadPool* pool) : size_(bytes) {
   SPLITFUSE_ASSERT(bytes >= 0);
   if (bytes == 0) return;
   // The system would promise more than it has, and end the process when the promise is called in.
@@ -72,7 +83,7 @@ Memory::Memory(int64_t bytes) : size_(bytes) {
   const int64_t mapped = round_up(bytes, kPage);
   data_ = map_aligned(mapped, huge ? kHugePage : kPage);
   if (huge) madvise(data_, static_cast<size_t>(mapped), MADV_HUGEPAGE);
-  if (const int error = touch(data_, mapped); error != 0) {
+  if (const int error = pool ? touch_in_turn(data_, mapped, *pool) : touch(data_, mapped); error != 0) {
     munmap(data_, static_cast<size_t>(mapped));
     data_ = nullptr;
     refuse(bytes, std::strerror(error));

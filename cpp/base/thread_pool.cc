@@ -1,5 +1,6 @@
 #include "base/thread_pool.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -49,22 +50,37 @@ bool spin(std::chrono::microseconds time, const Done& done) {
   return done();
 }
 
-int affinity_cores() {
-  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 2) {
-    cpu_set_t* set = CPU_ALLOC(static_cast<size_t>(cpus));
-    const size_t bytes = CPU_ALLOC_SIZE(static_cast<size_t>(cpus));
+// The CPUs that the calling thread may run on, ascending; empty if the system does not say.
+std::vector<size_t> allowed_cpus() {
+  std::vector<size_t> allowed;
+  for (size_t cpus = 1024; cpus <= 1 << 20; cpus *= 2) {
+    cpu_set_t* set = CPU_ALLOC(cpus);
+    const size_t bytes = CPU_ALLOC_SIZE(cpus);
     const bool known = sched_getaffinity(0, bytes, set) == 0;
-    const int cores = known ? CPU_COUNT_S(bytes, set) : 0;
+    for (size_t cpu = 0; known && cpu < cpus; ++cpu) {
+      if (CPU_ISSET_S(cpu, bytes, set)) allowed.push_back(cpu);
+    }
     CPU_FREE(set);
-    if (known) return cores;
+    if (known) break;
   }
-  return static_cast<int>(std::thread::hardware_concurrency());
+  return allowed;
+}
+
+void pin_to(std::thread& thread, size_t cpu) {
+  cpu_set_t* set = CPU_ALLOC(cpu + 1);
+  const size_t bytes = CPU_ALLOC_SIZE(cpu + 1);
+  CPU_ZERO_S(bytes, set);
+  CPU_SET_S(cpu, bytes, set);
+  const int error = pthread_setaffinity_np(thread.native_handle(), bytes, set);
+  CPU_FREE(set);
+  if (error != 0) throw std::system_error(error, std::generic_category(), cat("on CPU ", cpu));
 }
 
 }  // namespace
 
 int usable_cores() {
-  int64_t cores = affinity_cores();
+  auto cores = static_cast<int64_t>(allowed_cpus().size());
+  if (cores == 0) cores = std::thread::hardware_concurrency();
   const auto limit = [&](std::optional<int64_t> quota, std::optional<int64_t> period) {
     if (quota && period && *quota > 0 && *period > 0) cores = std::min(cores, *quota / *period);
   };
@@ -126,15 +142,21 @@ struct ThreadPool::Shared {
   }
 };
 
-ThreadPool::ThreadPool(int threads) : size_(threads == 0 ? usable_cores() : threads) {
+ThreadPool::ThreadPool(int threads, bool pin) : size_(threads == 0 ? usable_cores() : threads), pinned_(pin) {
   if (size_ < 1 || size_ > kMaxThreads) {
     throw ConfigError(cat("threads = ", threads, ": expected 0 (the cores this process may use) to ", kMaxThreads));
+  }
+  const std::vector<size_t> cpus = pin ? allowed_cpus() : std::vector<size_t>();
+  if (pin && static_cast<size_t>(size_) > cpus.size()) {
+    throw ConfigError(cat("pin_threads: there are ", size_, " threads, and ", cpus.size(),
+                          " CPUs that this process may use; ask for fewer threads"));
   }
   shared_ = std::make_unique<Shared>();
   workers_.reserve(static_cast<size_t>(size_ - 1));
   try {
     for (int thread = 1; thread < size_; ++thread) {
       workers_.emplace_back([shared = shared_.get(), thread] { shared->work(thread); });
+      if (pin) pin_to(workers_.back(), cpus[static_cast<size_t>(thread)]);
     }
   } catch (const std::system_error& error) {
     const size_t started = workers_.size();
@@ -145,6 +167,8 @@ ThreadPool::ThreadPool(int threads) : size_(threads == 0 ? usable_cores() : thre
 }
 
 ThreadPool::~ThreadPool() { shared_->end(workers_); }
+
+uint32_t ThreadPool::barriers() const { return shared_->region.load(std::memory_order_relaxed); }
 
 void ThreadPool::run_raw(void (*function)(void*, int), void* context) {
   if (size_ == 1) return function(context, 0);

@@ -109,6 +109,8 @@ void write_kv(const KvLayout& layout, std::byte* head, int64_t within, const Col
 
 PagedAttention::PagedAttention(DType dtype, Isa isa, ThreadPool& pool) : dtype_(dtype), isa_(isa), pool_(pool) {}
 
+Isa PagedAttention::kernel_isa(KvDType kv) const { return make_attention_kernels(dtype_, kv, isa_).isa; }
+
 int64_t PagedAttention::block_bytes(const KvShape& shape, DType dtype) { return make_layout(shape, dtype).block_bytes; }
 
 PagedAttention::Room PagedAttention::room(const AttentionShape& shape, const StepLimits& limits) const {
@@ -161,9 +163,8 @@ void PagedAttention::begin(const RaggedBatch& batch) {
   batch_ = batch;
   plan();
   const int32_t half = layout_.head_dim / 2;
-  pool_.run([&](int thread) {
-    const int64_t rows = batch_.rows();
-    for (int64_t row = rows * thread / pool_.size(); row < rows * (thread + 1) / pool_.size(); ++row) {
+  pool_.run_parts(batch_.rows(), [&](int, int64_t first, int64_t past) {
+    for (int64_t row = first; row < past; ++row) {
       float* cos = angles_ + row * layout_.head_dim;
       float* sin = cos + half;
       const auto position = static_cast<float>(batch_.positions[static_cast<size_t>(row)]);
@@ -242,9 +243,7 @@ void PagedAttention::rope_write_kv(const float* qkv, int32_t layer, void* q) {
 
 template <class Cell>
 void PagedAttention::rope_write(const float* qkv, int32_t layer, void* q) {
-  pool_.run([&](int thread) {
-    const int64_t first = int64_t{batch_.rows()} * thread / pool_.size();
-    const int64_t past = int64_t{batch_.rows()} * (thread + 1) / pool_.size();
+  pool_.run_parts(batch_.rows(), [&](int thread, int64_t first, int64_t past) {
     const int64_t q_stride = row_stride(int64_t{shape_.heads} * layout_.head_dim);
     for (int64_t row = first; row < past; ++row) {
       for (int64_t head = 0; head < shape_.heads; ++head) {

@@ -24,6 +24,8 @@ class PagedAttention {
  public:
   PagedAttention(DType dtype, Isa isa, ThreadPool& pool);
 
+  /// Whose kernels attend to a KV cache of `kv`.
+  Isa kernel_isa(KvDType kv) const;
   /// Bytes of one KV block over all layers.
   static int64_t block_bytes(const KvShape& shape, DType dtype);
   /// Bytes that prepare() will take.

@@ -121,6 +121,7 @@ void fill(KvDType kv, AttentionKernels& kernels) {
 
 void attention_kernels_avx2(DType dtype, KvDType kv, AttentionKernels& kernels) {
   dtype == DType::kF32 ? fill<F32>(kv, kernels) : fill<Bf16>(kv, kernels);
+  kernels.isa = Isa::kAvx2;
 }
 
 }  // namespace splitfuse

@@ -116,6 +116,7 @@ void fill(KvDType kv, AttentionKernels& kernels) {
 
 void attention_kernels_avx512(DType dtype, KvDType kv, AttentionKernels& kernels) {
   dtype == DType::kF32 ? fill<F32>(kv, kernels) : fill<Bf16>(kv, kernels);
+  kernels.isa = Isa::kAvx512;
 }
 
 }  // namespace splitfuse

@@ -51,6 +51,7 @@ struct Bf16 : Avx512 {
 
 void attention_kernels_avx512_bf16(DType dtype, KvDType kv, AttentionKernels& kernels) {
   if (dtype != DType::kBF16 || kv == KvDType::kInt8) return;   // integers are multiplied as in AVX-512
+  kernels.isa = Isa::kAvx512Bf16;
   kernels.attend = Attend<Bf16>::attend;
   kernels.merge = Attend<Bf16>::merge;
 }

@@ -16,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/isa.h"
 #include "splitfuse/types.h"
 
 namespace splitfuse {
@@ -89,6 +90,7 @@ struct AttentionItem {
 };
 
 struct AttentionKernels {
+  Isa isa = Isa::kRef;  // whose `attend` is
   /// Attends over the item's segments.
   void (*attend)(const AttentionItem& item) = nullptr;
   /// Merges partials of segments [0, last_segment) into `out`.

@@ -112,6 +112,7 @@ void fill(KvDType kv, AttentionKernels& kernels) {
 
 void attention_kernels_neon(DType dtype, KvDType kv, AttentionKernels& kernels) {
   dtype == DType::kF32 ? fill<F32>(kv, kernels) : fill<Bf16>(kv, kernels);
+  kernels.isa = Isa::kNeon;
 }
 
 }  // namespace splitfuse

@@ -55,6 +55,7 @@ void attention_kernels_neon_bf16(DType dtype, KvDType kv, AttentionKernels& kern
   if (dtype != DType::kBF16 || kv == KvDType::kInt8) return;   // integers are multiplied as in NEON
   kernels.attend = Attend<Bf16>::attend;
   kernels.merge = Attend<Bf16>::merge;
+  kernels.isa = Isa::kNeonBf16;
 }
 
 }  // namespace splitfuse

@@ -10,13 +10,27 @@
 
 namespace splitfuse {
 
-CpuBackend::CpuBackend(DType dtype, int threads, Isa isa)
-    : dtype_(dtype), isa_(isa), pool_(threads == 0 ? usable_cores() : threads), linears_(dtype, isa, pool_),
-      rows_(dtype, isa, pool_), attention_(dtype, isa, pool_), sampler_(isa, pool_) {}
+CpuBackend::CpuBackend(DType dtype, int threads, Isa isa, bool pin_threads)
+    : dtype_(dtype), isa_(isa), pool_(threads, pin_threads), linears_(dtype, isa, pool_), rows_(dtype, isa, pool_),
+      attention_(dtype, isa, pool_), sampler_(isa, pool_) {}
 
 std::string CpuBackend::describe() const {
-  return cat("cpu, ", isa_name(isa_), ", ", pool_.size(), pool_.size() == 1 ? " thread, " : " threads, ",
-             dtype_name(dtype_));
+  return cat("cpu, ", isa_name(isa_), ", ", pool_.size(), pool_.pinned() ? " pinned" : "",
+             pool_.size() == 1 ? " thread, " : " threads, ", dtype_name(dtype_));
+}
+
+std::vector<KernelChoice> CpuBackend::kernels(WeightFormat weights, WeightFormat head, KvDType kv) const {
+  const auto gemm = [&](const char* operation, WeightFormat format) -> KernelChoice {
+    const GemmKernel& kernel = linears_.kernel(format);
+    const std::string name = format == WeightFormat::kDense ? dtype_name(dtype_) : weight_format_name(format);
+    return {operation, isa_name(kernel.isa), cat(name, ", ", kernel.width, " columns x ", kernel.row_tile, " rows")};
+  };
+  const std::string cache = kv == KvDType::kAuto ? dtype_name(dtype_) : kv_dtype_name(kv);
+  return {gemm("linear", weights),
+          gemm("head", head),
+          {"attention", isa_name(attention_.kernel_isa(kv)), cat(cache, " keys and values")},
+          {"norms", isa_name(rows_.kernel_isa()), dtype_name(dtype_)},
+          {"sampling", isa_name(sampler_.kernel_isa()), dtype_name(DType::kF32)}};
 }
 
 int64_t CpuBackend::available() const { return available_memory(); }
@@ -26,7 +40,7 @@ int64_t CpuBackend::scratch_bytes(const AttentionShape& attention, const StepLim
 }
 
 DeviceBuffer CpuBackend::allocate(int64_t bytes) {
-  auto memory = std::make_shared<Memory>(bytes);   // shared: a std::function must be copyable
+  auto memory = std::make_shared<Memory>(bytes, &pool_);   // shared: a std::function must be copyable
   return {memory->data(), bytes, [memory]() mutable { memory.reset(); }};
 }
 
@@ -78,13 +92,13 @@ void CpuBackend::sample(float* logits, std::span<const SampleRow> rows, std::spa
   sampler_.sample(logits, rows, results);
 }
 
-std::unique_ptr<Backend> make_cpu_backend(DType dtype, int threads, const std::string& isa) {
+std::unique_ptr<Backend> make_cpu_backend(DType dtype, int threads, const std::string& isa, bool pin_threads) {
   if (dtype != DType::kF32 && dtype != DType::kBF16) {
     throw ConfigError(cat("dtype: the CPU backend computes in float32 or bfloat16, not ", dtype_name(dtype)));
   }
   if (threads < 0)
     throw ConfigError(cat("threads: ", threads, " is not a number of threads; 0 means all usable cores"));
-  return std::make_unique<CpuBackend>(dtype, threads, isa_from_name(isa));
+  return std::make_unique<CpuBackend>(dtype, threads, isa_from_name(isa), pin_threads);
 }
 
 }  // namespace splitfuse

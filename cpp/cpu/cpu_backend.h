@@ -17,10 +17,12 @@ namespace splitfuse {
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(DType dtype, int threads, Isa isa);
+  CpuBackend(DType dtype, int threads, Isa isa, bool pin_threads);
 
   std::string describe() const override;
+  std::vector<KernelChoice> kernels(WeightFormat weights, WeightFormat head, KvDType kv) const override;
   DType dtype() const override { return dtype_; }
+  uint32_t barriers() const override { return pool_.barriers(); }
   int64_t available() const override;
   int64_t linear_bytes(const LinearShape& shape) const override { return linears_.bytes(shape); }
   int64_t kv_block_bytes(const KvShape& shape) const override { return PagedAttention::block_bytes(shape, dtype_); }

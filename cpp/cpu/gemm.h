@@ -16,6 +16,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/isa.h"
+
 namespace splitfuse {
 
 inline constexpr int32_t kGateGroup = 8;
@@ -73,6 +75,7 @@ inline constexpr int64_t kSumFloats = int64_t{kTaskRows} * kWidestPanel + 64;
 
 /// The kernels of one number format.
 struct GemmKernel {
+  Isa isa = Isa::kRef;  // whose it is
   int32_t width = 0;  // columns of a panel
   int32_t row_tile = 0;  // rows that share one reading of a panel
   void (*multiply)(const GemmTask& task) = nullptr;

@@ -50,12 +50,14 @@ uint64_t read(const std::byte* data, int64_t bytes) {
 }  // namespace
 
 void add_gemm_avx2(GemmTable& table) {
-  table.f32 = {.width = kRegisters * Vec::kLanes,
+  table.f32 = {.isa = Isa::kAvx2,
+               .width = kRegisters * Vec::kLanes,
                .row_tile = kRows,
                .multiply = multiply<F32Format, kRows, kRegisters>,
                .widen = nullptr,
                .peak = peak_of_fma<12>};
-  table.bf16 = {.width = kRegisters * Vec::kLanes,
+  table.bf16 = {.isa = Isa::kAvx2,
+                .width = kRegisters * Vec::kLanes,
                 .row_tile = kWideRows,
                 .multiply = multiply<WideBf16Format, kWideRows, kRegisters>,
                 .widen = widen,

@@ -45,12 +45,14 @@ uint64_t read(const std::byte* data, int64_t bytes) {
 }  // namespace
 
 void add_gemm_avx512(GemmTable& table) {
-  table.f32 = {.width = kRegisters * Vec::kLanes,
+  table.f32 = {.isa = Isa::kAvx512,
+               .width = kRegisters * Vec::kLanes,
                .row_tile = kRows,
                .multiply = multiply<F32Format, kRows, kRegisters>,
                .widen = nullptr,
                .peak = peak_of_fma<24>};
-  table.bf16 = {.width = kRegisters * Vec::kLanes,
+  table.bf16 = {.isa = Isa::kAvx512,
+                .width = kRegisters * Vec::kLanes,
                 .row_tile = kRows,
                 .multiply = multiply<WideBf16Format, kRows, kRegisters>,
                 .widen = widen,

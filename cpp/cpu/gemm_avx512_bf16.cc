@@ -68,7 +68,8 @@ double peak(int64_t rounds) {
 }  // namespace
 
 void add_gemm_avx512_bf16(GemmTable& table) {
-  table.bf16 = {.width = kRegisters * Vec::kLanes,
+  table.bf16 = {.isa = Isa::kAvx512Bf16,
+                .width = kRegisters * Vec::kLanes,
                 .row_tile = kRows,
                 .multiply = multiply<Bf16Format, kRows, kRegisters>,
                 .widen = nullptr,

@@ -61,7 +61,8 @@ double peak(int64_t rounds) {
 }  // namespace
 
 void add_gemm_neon_bf16(GemmTable& table) {
-  table.bf16 = {.width = kRegisters * Vec::kLanes,
+  table.bf16 = {.isa = Isa::kNeonBf16,
+                .width = kRegisters * Vec::kLanes,
                 .row_tile = kRows,
                 .multiply = multiply<Bf16Format, kRows, kRegisters>,
                 .widen = nullptr,

@@ -294,10 +294,11 @@ void quantize_row(const void* in, int32_t depth, std::byte* out) {
   }
 }
 
-/// `peak`: GemmKernel's.
+/// `isa`, `peak`: GemmKernel's.
 template <class Format, int R, int C>
-GemmKernel integer_kernel(double (*peak)(int64_t rounds)) {
-  return {.width = C * Vec::kLanes,
+GemmKernel integer_kernel(Isa isa, double (*peak)(int64_t rounds)) {
+  return {.isa = isa,
+          .width = C * Vec::kLanes,
           .row_tile = R,
           .multiply = integer_multiply<Format, R, C>,
           .widen = nullptr,

@@ -46,8 +46,8 @@ double peak(int64_t rounds) {
 }  // namespace
 
 void add_integer_gemm_avx_vnni(GemmTable& table) {
-  table.int8 = integer_kernel<Int8Format, kRows, kRegisters>(peak);
-  table.int4 = integer_kernel<Int4Format, kRows, kRegisters>(peak);
+  table.int8 = integer_kernel<Int8Format, kRows, kRegisters>(Isa::kAvxVnni, peak);
+  table.int4 = integer_kernel<Int4Format, kRows, kRegisters>(Isa::kAvxVnni, peak);
 }
 
 }  // namespace splitfuse

@@ -95,9 +95,8 @@ void LinearOps::pack_bias(const Linear& linear, Rows which, int32_t row, const T
 
 void LinearOps::embed(const Linear& table, std::span<const Token> tokens, float* x) {
   const PackedLayout packed = layout(table);
-  const auto rows = static_cast<int32_t>(tokens.size());
-  pool_.run([&](int thread) {
-    for (int32_t r = thread; r < rows; r += pool_.size()) {
+  pool_.run_parts(static_cast<int64_t>(tokens.size()), [&](int, int64_t first, int64_t past) {
+    for (int64_t r = first; r < past; ++r) {
       unpack_row(table, packed, dtype_, tokens[static_cast<size_t>(r)], x + r * row_stride(table.k));
     }
   });
@@ -144,8 +143,8 @@ void LinearOps::prepare_rows(Work& work) {
   const auto* in = static_cast<const std::byte*>(work.task.in);
   const int64_t rows = work.task.rows;
   SPLITFUSE_ASSERT(prepared + rows * work.row_bytes <= scratch_.data() + scratch_.size());
-  pool_.run([&](int thread) {
-    for (int64_t r = rows * thread / pool_.size(); r < rows * (thread + 1) / pool_.size(); ++r) {
+  pool_.run_parts(rows, [&](int, int64_t first, int64_t past) {
+    for (int64_t r = first; r < past; ++r) {
       prepare_row(work, in + r * work.in_row_bytes, prepared + r * work.row_bytes);
     }
   });

@@ -24,6 +24,7 @@ class LinearOps {
  public:
   LinearOps(DType dtype, Isa isa, ThreadPool& pool);
 
+  const GemmKernel& kernel(WeightFormat format) const { return gemm_kernel(table_, dtype_, format); }
   int64_t bytes(const LinearShape& shape) const { return layout(shape).bytes(); }
   /// Bytes that prepare() will take.
   int64_t scratch_bytes(const StepLimits& limits) const;
@@ -47,7 +48,6 @@ class LinearOps {
   };
   struct Work;
 
-  const GemmKernel& kernel(WeightFormat format) const { return gemm_kernel(table_, dtype_, format); }
   PackedLayout layout(const LinearShape& shape) const { return {shape, dtype_, kernel(shape.format).width}; }
   int64_t thread_bytes() const;
   void prepare_row(const Work& work, const std::byte* in, std::byte* out) const;

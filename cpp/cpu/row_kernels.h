@@ -16,6 +16,7 @@ struct RowMax {
 };
 
 struct RowKernels {
+  Isa isa = Isa::kRef;  // whose they are
   /// out [columns] = x / sqrt(mean(x^2) + eps) * weight, in the format the table was made for.
   void (*rms_norm)(const float* x, const float* weight, float eps, int32_t columns, void* out) = nullptr;
   /// Over x [count], count >= 1.

@@ -27,8 +27,8 @@ void RowOps::rms_norm(const float* x, const float* weight, float eps, int32_t co
                       std::span<const int32_t> rows, void* out) {
   const int64_t stride = row_stride(columns);
   const int64_t total = rows.empty() ? count : static_cast<int64_t>(rows.size());
-  pool_.run([&](int thread) {
-    for (int64_t row = total * thread / pool_.size(); row < total * (thread + 1) / pool_.size(); ++row) {
+  pool_.run_parts(total, [&](int, int64_t first, int64_t past) {
+    for (int64_t row = first; row < past; ++row) {
       const int64_t from = rows.empty() ? row : rows[static_cast<size_t>(row)];
       kernels_.rms_norm(x + from * stride, weight, eps, columns,
                         static_cast<std::byte*>(out) + row * stride * dtype_size(dtype_));

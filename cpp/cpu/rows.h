@@ -15,6 +15,8 @@ class RowOps {
  public:
   RowOps(DType dtype, Isa isa, ThreadPool& pool);
 
+  Isa kernel_isa() const { return kernels_.isa; }
+
   /// out [count, columns] = x / rms(x) * weight. `rows` empty: the first `count` rows of x; else its rows `rows`,
   /// closed up, and `count` is not looked at.
   void rms_norm(const float* x, const float* weight, float eps, int32_t columns, int32_t count,

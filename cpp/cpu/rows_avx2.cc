@@ -34,6 +34,9 @@ struct Vec : Avx2 {
 
 }  // namespace
 
-void row_kernels_avx2(DType dtype, RowKernels& kernels) { fill<Vec>(dtype, kernels); }
+void row_kernels_avx2(DType dtype, RowKernels& kernels) {
+  fill<Vec>(dtype, kernels);
+  kernels.isa = Isa::kAvx2;
+}
 
 }  // namespace splitfuse

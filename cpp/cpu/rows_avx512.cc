@@ -33,6 +33,9 @@ struct Vec : Avx512 {
 
 }  // namespace
 
-void row_kernels_avx512(DType dtype, RowKernels& kernels) { fill<Vec>(dtype, kernels); }
+void row_kernels_avx512(DType dtype, RowKernels& kernels) {
+  fill<Vec>(dtype, kernels);
+  kernels.isa = Isa::kAvx512;
+}
 
 }  // namespace splitfuse

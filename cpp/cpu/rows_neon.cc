@@ -33,6 +33,9 @@ struct Vec : Neon {
 
 }  // namespace
 
-void row_kernels_neon(DType dtype, RowKernels& kernels) { fill<Vec>(dtype, kernels); }
+void row_kernels_neon(DType dtype, RowKernels& kernels) {
+  fill<Vec>(dtype, kernels);
+  kernels.isa = Isa::kNeon;
+}
 
 }  // namespace splitfuse

@@ -16,6 +16,8 @@ class Sampler {
  public:
   Sampler(Isa isa, ThreadPool& pool);
 
+  Isa kernel_isa() const { return kernels_.isa; }
+
   /// Bytes that prepare() will take.
   int64_t scratch_bytes(const StepLimits& limits) const;
   void prepare(const StepLimits& limits);

@@ -126,6 +126,10 @@ std::string MemoryPlan::to_string() const {
   return text;
 }
 
+std::vector<KernelChoice> chosen_kernels(const EngineConfig& config) {
+  return make_backend(config)->kernels(config.quantize, table_format(config.quantize), config.kv_dtype);
+}
+
 MemoryPlan plan_memory(const ModelConfig& model, const EngineConfig& config) {
   return size_engine(model, config, *make_backend(config)).plan;
 }

@@ -26,6 +26,7 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
   output_.preempted.clear();
   output_.decode_tokens = output_.prefill_tokens = output_.cached_tokens = 0;
   output_.host_us = output_.forward_us = 0;
+  output_.barriers = 0;
 
   if (plan) {
     check_plan(*plan);
@@ -51,6 +52,7 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
   if (plan->chunks.empty()) return output_;
   reserve(*plan);
   const auto planned = Clock::now();
+  const uint32_t barriers = backend_->barriers();
   try {
     run();
   } catch (...) {
@@ -58,6 +60,7 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
     throw;
   }
   const auto ran = Clock::now();
+  output_.barriers = static_cast<int32_t>(backend_->barriers() - barriers);
   commit();
   output_.forward_us = microseconds(planned, ran);
   output_.host_us = microseconds(begin, planned) + microseconds(ran, Clock::now());

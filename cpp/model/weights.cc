@@ -95,9 +95,11 @@ class TensorLoader {
 
 }  // namespace
 
+WeightFormat table_format(WeightFormat format) { return format == WeightFormat::kInt4 ? WeightFormat::kInt8 : format; }
+
 DecoderWeights lay_out_weights(const ModelConfig& config, WeightFormat format, const Backend& backend,
                                std::byte* base) {
-  const WeightFormat table = format == WeightFormat::kInt4 ? WeightFormat::kInt8 : format;
+  const WeightFormat table = table_format(format);
   const int32_t hidden = config.hidden_size;
   const int32_t heads_dim = config.num_heads * config.head_dim;
   const int32_t qkv_dim = heads_dim + 2 * config.num_kv_heads * config.head_dim;

@@ -104,6 +104,7 @@ void register_config(py::module_& module) {
       [](EngineConfig& self, const std::string& value) { self.kv_dtype = kv_dtype_from_name(value); });
   engine.def_readwrite("device", &EngineConfig::device)
       .def_readwrite("threads", &EngineConfig::threads)
+      .def_readwrite("pin_threads", &EngineConfig::pin_threads)
       .def_readwrite("isa", &EngineConfig::isa)
       .def_readwrite("token_budget", &EngineConfig::token_budget)
       .def_readwrite("max_step_tokens", &EngineConfig::max_step_tokens)

@@ -176,7 +176,8 @@ void register_output(py::module_& module) {
       .def_readonly("prefill_tokens", &StepOutput::prefill_tokens)
       .def_readonly("cached_tokens", &StepOutput::cached_tokens)
       .def_readonly("host_us", &StepOutput::host_us)
-      .def_readonly("forward_us", &StepOutput::forward_us);
+      .def_readonly("forward_us", &StepOutput::forward_us)
+      .def_readonly("barriers", &StepOutput::barriers);
 }
 
 void register_state(py::module_& module) {
@@ -285,4 +286,12 @@ void register_engine(py::module_& module) {
       .def_property_readonly("memory_plan", &Engine::memory_plan, py::return_value_policy::copy)
       .def_property_readonly("model_config", &Engine::model_config, py::return_value_policy::copy);
   module.def("plan_memory", &plan_memory, py::arg("model"), py::arg("config"), Unlock());
+  module.def(
+      "chosen_kernels",
+      [](const EngineConfig& config) {
+        std::vector<std::tuple<std::string, std::string, std::string>> choices;
+        for (const KernelChoice& c : chosen_kernels(config)) choices.emplace_back(c.operation, c.isa, c.detail);
+        return choices;
+      },
+      py::arg("config"));
 }

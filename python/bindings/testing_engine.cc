@@ -33,7 +33,11 @@ class ProbedBackend : public Backend {
       : inner_(std::move(inner)), probe_(std::move(probe)) {}
 
   std::string describe() const override { return inner_->describe(); }
+  std::vector<KernelChoice> kernels(WeightFormat weights, WeightFormat head, KvDType kv) const override {
+    return inner_->kernels(weights, head, kv);
+  }
   DType dtype() const override { return inner_->dtype(); }
+  uint32_t barriers() const override { return inner_->barriers(); }
   int64_t available() const override { return inner_->available(); }
   int64_t linear_bytes(const LinearShape& shape) const override { return inner_->linear_bytes(shape); }
   int64_t kv_block_bytes(const KvShape& shape) const override { return inner_->kv_block_bytes(shape); }

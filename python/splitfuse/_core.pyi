@@ -63,6 +63,7 @@ class EngineConfig:
     dtype: str  # "float32" | "bfloat16"
     kv_dtype: str  # "auto" | "int8"
     threads: int
+    pin_threads: bool
     isa: str
     quantize: str
     token_budget: int
@@ -190,6 +191,7 @@ class StepOutput:
     cached_tokens: int
     host_us: float
     forward_us: float
+    barriers: int  # how often all threads waited for each other
 
 class Capacity:
     total_blocks: int
@@ -265,6 +267,9 @@ class Engine:
     def model_config(self) -> ModelConfig: ...
 
 def plan_memory(model: ModelConfig, config: EngineConfig) -> MemoryPlan: ...
+def chosen_kernels(config: EngineConfig) -> list[tuple[str, str, str]]:
+    """(operation, instruction set, number formats and tile) of the kernels that an engine would run."""
+
 def cpu_isas() -> list[str]:
     """The rungs of the ISA ladder this machine can run, lowest first."""
 

@@ -73,6 +73,7 @@ def engine_config(
     kv_dtype: str = "auto",
     prefix_caching: bool = True,
     isa: str = "auto",
+    pin_threads: bool = False,
 ) -> EngineConfig:
     """The native configuration of what `LLM` takes; its docstring says what each means. `max_step_tokens`:
     the largest forward that a policy may plan, where that is more than the token budget. Raises
@@ -101,6 +102,7 @@ def engine_config(
         kv_dtype=kv_dtype,
         prefix_caching=prefix_caching,
         isa=isa,
+        pin_threads=pin_threads,
     )
 
 
@@ -146,9 +148,10 @@ class LLM:
     model: a Hugging Face directory or hub id, a .gguf file, what `splitfuse convert` wrote, or "demo".
     device: "cpu", or "auto". dtype: "bfloat16" (auto) or "float32", of weights and activations.
     quantize: "int8" or "int4" holds the matrices in fewer bits (docs/quantization.md); None as `dtype` says.
-    threads: None takes the cores this process may use. isa: the CPU's instruction sets, "auto" or a rung of
-    `splitfuse info`'s ladder. token_budget: tokens of one forward; "auto" measures at start. max_sequences:
-    of one forward. max_model_len: longest sequence, prompt and answer; None: what model and KV memory allow.
+    threads: None takes the cores this process may use. pin_threads: each but the caller's stays on a CPU of its
+    own. isa: the CPU's instruction sets, "auto" or a rung of `splitfuse info`'s ladder. token_budget: tokens of one
+    forward; "auto" measures at start. max_sequences: of one forward. max_model_len: longest sequence, prompt and
+    answer; None: what model and KV memory allow.
     kv_memory: of the KV cache, bytes or "512MiB"; "auto": 1 GiB, or one longest sequence if that is more.
     kv_dtype: of the KV cache, "auto" for dtype or "int8": about half of bfloat16's bytes a token, at a small loss.
     prefix_caching: reuse the keys and values of prompts that begin alike. policy: which tokens run in a
@@ -174,6 +177,7 @@ class LLM:
         kv_dtype: str = "auto",
         prefix_caching: bool = True,
         isa: str = "auto",
+        pin_threads: bool = False,
         policy: str = "splitfuse",
         verbose: bool | None = None,
     ) -> None:
@@ -193,6 +197,7 @@ class LLM:
             kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
             isa=isa,
+            pin_threads=pin_threads,
             quantize=quantize,
         )
         self.name: str = loaded.name

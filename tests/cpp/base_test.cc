@@ -1,5 +1,6 @@
 // Memory, control groups, 16-bit formats and random numbers.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <cmath>
 #include <cstdint>
@@ -8,11 +9,13 @@
 #include <fstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/cgroup.h"
 #include "base/memory.h"
 #include "base/numeric.h"
 #include "base/philox.h"
+#include "base/thread_pool.h"
 #include "splitfuse/types.h"
 
 namespace splitfuse {
@@ -27,6 +30,19 @@ TEST(Memory, IsZeroedAlignedAndResident) {
     std::memset(memory.data(), 1, static_cast<size_t>(bytes));
   }
   EXPECT_EQ(Memory(0).data(), nullptr);
+}
+
+TEST(Memory, IsResidentWhoeverTouchedIt) {
+  ThreadPool three(3);
+  ThreadPool one(1);
+  for (ThreadPool* pool : {static_cast<ThreadPool*>(nullptr), &one, &three}) {
+    for (int64_t pages : {1, 2, 1000, 5000}) {
+      const Memory memory(pages * 4096 - 17, pool);
+      std::vector<unsigned char> resident(static_cast<size_t>(pages));
+      ASSERT_EQ(mincore(memory.data(), static_cast<size_t>(memory.size()), resident.data()), 0);
+      for (unsigned char page : resident) ASSERT_EQ(page & 1, 1);
+    }
+  }
 }
 
 TEST(Memory, Moves) {

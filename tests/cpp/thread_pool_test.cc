@@ -89,6 +89,48 @@ TEST(ThreadPool, WakesAtTheMomentOfFallingAsleep) {
   EXPECT_EQ(total, 800);
 }
 
+TEST(ThreadPool, PartsAreEvenAndComplete) {
+  ThreadPool pool(3);
+  for (int64_t count : {0, 1, 2, 3, 7, 100}) {
+    std::vector<std::atomic<int>> runs(static_cast<size_t>(count));
+    std::atomic<int64_t> longest{0};
+    pool.run_parts(count, [&](int, int64_t first, int64_t past) {
+      for (int64_t i = first; i < past; ++i) runs[static_cast<size_t>(i)].fetch_add(1);
+      if (past - first > longest.load()) longest.store(past - first);
+    });
+    for (const auto& run : runs) EXPECT_EQ(run.load(), 1);
+    EXPECT_LE(longest.load(), (count + 2) / 3);
+  }
+}
+
+TEST(ThreadPool, OneItemIsTheCallersAlone) {
+  ThreadPool pool(3);
+  const uint32_t before = pool.barriers();
+  std::thread::id id;
+  pool.run_parts(1, [&](int thread, int64_t, int64_t) {
+    EXPECT_EQ(thread, 0);
+    id = std::this_thread::get_id();
+  });
+  EXPECT_EQ(id, std::this_thread::get_id());
+  EXPECT_EQ(pool.barriers(), before);
+}
+
+TEST(ThreadPool, CountsItsBarriers) {
+  ThreadPool pool(2);
+  const uint32_t before = pool.barriers();
+  for (int i = 0; i < 5; ++i) pool.run([](int) {});
+  EXPECT_EQ(pool.barriers() - before, 5u);
+  ThreadPool alone(1);
+  alone.run([](int) {});
+  EXPECT_EQ(alone.barriers(), 0u);
+}
+
+TEST(ThreadPool, PinsNoMoreThreadsThanThereAreCpus) {
+  const int cores = usable_cores();
+  EXPECT_TRUE(ThreadPool(cores, true).pinned());
+  EXPECT_THROW(ThreadPool(1024, true), ConfigError);
+}
+
 TEST(ThreadPool, AnIdlePoolBurnsNoCore) {
   ThreadPool pool(4);
   pool.run([](int) {});

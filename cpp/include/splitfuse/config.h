@@ -60,6 +60,7 @@ struct EngineConfig {
   WeightFormat quantize = WeightFormat::kDense;   // how the matrices are held
   KvDType kv_dtype = KvDType::kAuto;   // KV cache; kInt8 takes about half of bfloat16's bytes
   int32_t threads = 0;            // 0: the cores this process may use
+  bool pin_threads = false;       // each thread but the caller's on a CPU of its own, of those this process may use
   std::string isa = "auto";       // "auto" or a rung of the ladder, as cpu_isas() names them
   int32_t token_budget = 0;       // tokens of one forward; 0: measured at start
   int32_t max_step_tokens = 0;    // the largest forward that step(plan) takes, never below the budget; what is more

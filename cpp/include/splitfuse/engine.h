@@ -76,6 +76,7 @@ struct StepOutput {
   int32_t cached_tokens = 0;         // of those that ran: tokens taken from the prefix cache instead of computed
   double host_us = 0;                // plan, reserve, batch build and commit, in microseconds
   double forward_us = 0;             // model and sampling
+  int32_t barriers = 0;              // how often all threads waited for each other
 };
 
 /// The engine's room at this moment.
@@ -188,5 +189,15 @@ class Engine {
 
 /// The memory plan that an Engine of this configuration would take, without taking it. Throws ConfigError.
 MemoryPlan plan_memory(const ModelConfig& model, const EngineConfig& config);
+
+/// Which kernel runs one kind of operation.
+struct KernelChoice {
+  std::string operation;   // "linear", "head", "attention", "norms" or "sampling"
+  std::string isa;         // the rung that the kernel was written for, at most the engine's
+  std::string detail;      // for people: number formats and tile
+};
+
+/// The kernels that an Engine of this configuration would run. Throws ConfigError.
+std::vector<KernelChoice> chosen_kernels(const EngineConfig& config);
 
 }  // namespace splitfuse

@@ -8,6 +8,7 @@ import statistics
 import time
 from typing import Any
 
+from .. import _core
 from .._core import SamplingParams as NativeParams
 from .._core import StepPlan
 from ..scheduler import Scheduler
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
         prefill = [_prefill(bench, tokens, args.repeat) for tokens in args.prefill]
         decode = [_decode(bench, batch, args.context, args.steps, args.repeat) for batch in args.batch]
         host = _host(bench) if args.host else None
+        barrier_us = _core.bench.barrier_us(bench.threads)
         roof = roof.or_better(bench.roof())
         for row in prefill:
             row["of_roof"] = roof.seconds(bench.costs.prefill(row["tokens"])) / row["seconds"]
@@ -34,6 +36,7 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
             row["of_roof"] = (
                 roof.seconds(bench.costs.decode(row["batch"], args.context)) / row["seconds_per_step"]
             )
+            row["in_barriers"] = 1e-6 * barrier_us * row["barriers"] / row["seconds_per_step"]
         facts = {
             "name": bench.name,
             "engine": bench.engine.describe(),
@@ -41,6 +44,7 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
             "roof": roof_facts(roof),
             "prefill": prefill,
             "decode": decode,
+            "barrier_us": barrier_us,
             "host_us": host,
         }
         emit(facts, args.json, _tables(facts, args.context))
@@ -75,7 +79,7 @@ def _decode(bench: Bench, batch: int, context: int, steps: int, repeat: int) -> 
         _fill(bench, batch, max(1, context - steps // 2), steps + 1)
         begin = before = time.perf_counter()
         for _ in range(steps):
-            bench.engine.step()
+            barriers = bench.engine.step().barriers
             now = time.perf_counter()
             step_times.append(now - before)
             before = now
@@ -89,6 +93,7 @@ def _decode(bench: Bench, batch: int, context: int, steps: int, repeat: int) -> 
         "seconds_per_step": median,
         "best_seconds_per_step": min(times),
         "step_seconds": spread(step_times),
+        "barriers": barriers,
         "tokens_per_s": batch / median,
     }
 
@@ -147,8 +152,8 @@ def _tables(facts: dict[str, Any], context: int) -> list[Any]:
             ],
         ),
         (
-            f"Decode, context {context}",
-            ("batch", "ms a step", "best ms", "p99 ms", "tokens/s", "of roof"),
+            f"Decode, context {context}; threads wait for each other in {facts['barrier_us']:.2f} us",
+            ("batch", "ms a step", "best ms", "p99 ms", "tokens/s", "of roof", "barriers", "in barriers"),
             [
                 (
                     str(r["batch"]),
@@ -157,6 +162,8 @@ def _tables(facts: dict[str, Any], context: int) -> list[Any]:
                     f"{1e3 * r['step_seconds']['p99']:.2f}",
                     f"{r['tokens_per_s']:,.1f}",
                     of_roof(r["of_roof"]),
+                    str(r["barriers"]),
+                    f"{100 * r['in_barriers']:.1f} %",
                 )
                 for r in facts["decode"]
             ],

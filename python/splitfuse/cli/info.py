@@ -63,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
             "dtype": config.dtype,
             "kv_dtype": config.kv_dtype,
         },
+        "kernels": {
+            operation: {"isa": rung, "detail": detail}
+            for operation, rung, detail in _core.chosen_kernels(config)
+        },
         "costs": {
             "weight_bytes_per_forward": costs.weight_bytes,
             "flops_per_token": 2 * (costs.linear_params + costs.head_params),
@@ -117,6 +121,9 @@ def _print(facts: dict[str, Any], plan: str) -> None:
     print("machine")
     print(f"  instruction sets  {', '.join(machine['isas'])}; runs on {machine['isa']}")
     print(f"  threads           {machine['threads']}")
+    print("kernels")
+    for operation, choice in facts["kernels"].items():
+        print(f"  {operation:<17} {choice['isa']:<12} {choice['detail']}")
     print(f"cost in {machine['dtype']}")
     print(f"  a forward reads   {costs['weight_bytes_per_forward'] / 2**20:.1f} MiB of weights")
     print(f"  a token takes     {costs['flops_per_token'] / 1e6:.1f} million operations, its context apart")

@@ -26,6 +26,11 @@ def add_engine(parser: argparse.ArgumentParser, *, caches: bool = True) -> None:
     )
     add_kernel(group)
     group.add_argument(
+        "--pin-threads",
+        action="store_true",
+        help="keep each thread but the caller's on a CPU of its own, of those this process may use",
+    )
+    group.add_argument(
         "--token-budget",
         default="auto",
         type=_auto_or_int,
@@ -104,6 +109,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "dtype",
         "quantize",
         "threads",
+        "pin_threads",
         "isa",
         "token_budget",
         "max_sequences",
