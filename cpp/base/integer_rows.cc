@@ -1,0 +1,230 @@
+#include "base/integer_rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "base/check.h"
+#include "base/numeric.h"
+
+namespace splitfuse {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr int32_t kMost4 = 15;
+constexpr int64_t kHalf = kWeightGroup / 2;
+
+const std::byte* bytes_of(const void* data, int64_t offset) { return static_cast<const std::byte*>(data) + offset; }
+
+template <class T>
+T number(const std::byte* at) {
+  T value;
+  std::memcpy(&value, at, sizeof value);
+  return value;
+}
+
+/// A scale or minimum.
+float load(DType dtype, const std::byte* at) {
+  return dtype == DType::kF32 ? number<float>(at) : f16_to_float(number<uint16_t>(at));
+}
+
+/// Rounds to the nearest whole number, ties to even, for magnitudes far below 2^22; the compiler can vectorize it.
+float nearest(float x) { return x + 0x1.8p23f - 0x1.8p23f; }
+
+struct Fit {
+  float scale = 0.0f;
+  float minimum = 0.0f;
+  float error = 0.0f;   // sum of squares
+};
+
+/// Rounds scale and minimum to half precision and tells the error of the best integers for them.
+Fit rounded(std::span<const float> x, float scale, float minimum) {
+  Fit fit = {f16_to_float(float_to_f16(scale)), f16_to_float(float_to_f16(minimum)), 0.0f};
+  const float inverse = fit.scale > 0.0f ? 1.0f / fit.scale : 0.0f;
+  for (const float value : x) {
+    const float q = std::clamp(nearest((value - fit.minimum) * inverse), 0.0f, static_cast<float>(kMost4));
+    const float error = value - (fit.minimum + q * fit.scale);
+    fit.error += error * error;
+  }
+  return fit;
+}
+
+/// Scale and minimum for up to 32 weights: from the range, taken a little narrower each time, the integers; to these
+/// the line of least squares; the best of all counts. So are the fits of llama.cpp's 4-bit formats found, over more
+/// ranges.
+Fit fit_int4(std::span<const float> x) {
+  const auto [low, high] = std::minmax_element(x.begin(), x.end());
+  if (!(std::isfinite(*low) && std::isfinite(*high))) return {kNaN, kNaN, 0.0f};
+  Fit best = rounded(x, (*high - *low) / kMost4, *low);
+  if (!(best.scale > 0.0f)) return best;
+  const auto count = static_cast<float>(x.size());
+  for (const float levels : {15.0f, 15.9f, 16.8f}) {
+    const float inverse = levels / (*high - *low);
+    const float shift = *low + (*high - *low) * (1.0f - kMost4 / levels) * 0.5f;
+    float sum_q = 0, sum_x = 0, sum_qq = 0, sum_qx = 0;
+    for (const float value : x) {
+      const float q = std::clamp(nearest((value - shift) * inverse), 0.0f, static_cast<float>(kMost4));
+      sum_q += q;
+      sum_x += value;
+      sum_qq += q * q;
+      sum_qx += q * value;
+    }
+    const float spread = count * sum_qq - sum_q * sum_q;
+    if (!(spread > 0.0f)) continue;
+    const float scale = (count * sum_qx - sum_q * sum_x) / spread;
+    const Fit fit = rounded(x, scale, (sum_x - scale * sum_q) / count);
+    if (fit.error < best.error) best = fit;
+  }
+  return best;
+}
+
+/// `out`: the codes of one group [16], its scale and its minimum.
+void quantize_group(std::span<const float> x, std::byte* codes, std::byte* scale, std::byte* minimum) {
+  const Fit fit = fit_int4(x);
+  const float inverse = fit.scale > 0.0f ? 1.0f / fit.scale : 0.0f;
+  const auto code = [&](int64_t i) {
+    if (static_cast<size_t>(i) >= x.size() || inverse == 0.0f) return 0;
+    return static_cast<int32_t>(
+        std::clamp(nearest((x[static_cast<size_t>(i)] - fit.minimum) * inverse), 0.0f, static_cast<float>(kMost4)));
+  };
+  for (int64_t i = 0; i < kHalf; ++i) codes[i] = static_cast<std::byte>(code(i) | code(kHalf + i) << 4);
+  const uint16_t halves[2] = {float_to_f16(fit.scale), float_to_f16(fit.minimum)};
+  std::memcpy(scale, halves, 2);
+  std::memcpy(minimum, halves + 1, 2);
+}
+
+}  // namespace
+
+int64_t row_bytes(WeightFormat format, DType dtype, int64_t depth) {
+  switch (format) {
+    case WeightFormat::kDense:
+      return depth * dtype_size(dtype);
+    case WeightFormat::kInt8:
+      return depth;
+    case WeightFormat::kInt4:
+      return ceil_div<int64_t>(depth, kWeightGroup) * kHalf;
+  }
+  SPLITFUSE_ASSERT(!"a WeightFormat outside the enumeration");
+  return 0;
+}
+
+int64_t row_scales(WeightFormat format, int64_t depth) {
+  if (format == WeightFormat::kDense) return 0;
+  return format == WeightFormat::kInt8 ? 1 : ceil_div<int64_t>(depth, kWeightGroup);
+}
+
+TensorView row_range(const TensorView& matrix, int64_t first, int64_t count) {
+  TensorView part = matrix;
+  part.shape[0] = count;
+  part.data = bytes_of(matrix.data, first * row_bytes(matrix.format, matrix.dtype, matrix.shape[1]));
+  const int64_t scales = first * row_scales(matrix.format, matrix.shape[1]) * dtype_size(matrix.dtype);
+  if (matrix.scales != nullptr) part.scales = bytes_of(matrix.scales, scales);
+  if (matrix.minima != nullptr) part.minima = bytes_of(matrix.minima, scales);
+  return part;
+}
+
+void row_to_f32(const TensorView& matrix, int64_t row, float* out) {
+  const int64_t depth = matrix.shape[1];
+  const TensorView one = row_range(matrix, row, 1);
+  const std::byte* data = bytes_of(one.data, 0);
+  const int64_t size = dtype_size(matrix.dtype);
+  if (matrix.format == WeightFormat::kDense) {
+    switch (matrix.dtype) {
+      case DType::kF32:
+        std::memcpy(out, data, static_cast<size_t>(depth * size));
+        return;
+      case DType::kBF16:
+        for (int64_t k = 0; k < depth; ++k) out[k] = bf16_to_float(number<uint16_t>(data + k * size));
+        return;
+      case DType::kF16:
+        for (int64_t k = 0; k < depth; ++k) out[k] = f16_to_float(number<uint16_t>(data + k * size));
+        return;
+    }
+  }
+  if (matrix.format == WeightFormat::kInt8) {
+    const float scale = load(matrix.dtype, bytes_of(one.scales, 0));
+    for (int64_t k = 0; k < depth; ++k) out[k] = scale * static_cast<float>(number<int8_t>(data + k));
+    return;
+  }
+  for (int64_t g = 0; g * kWeightGroup < depth; ++g) {
+    const float scale = load(matrix.dtype, bytes_of(one.scales, g * size));
+    const float minimum = load(matrix.dtype, bytes_of(one.minima, g * size));
+    const int64_t count = std::min<int64_t>(kWeightGroup, depth - g * kWeightGroup);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto both = static_cast<int32_t>(data[g * kHalf + i % kHalf]);
+      out[g * kWeightGroup + i] = scale * static_cast<float>(i < kHalf ? both & kMost4 : both >> 4) + minimum;
+    }
+  }
+}
+
+void dequantize(const TensorView& matrix, float* out) {
+  for (int64_t row = 0; row < matrix.shape[0]; ++row) row_to_f32(matrix, row, out + row * matrix.shape[1]);
+}
+
+IntegerRow::IntegerRow(WeightFormat format, int64_t depth)
+    : format_(format), floats_(static_cast<size_t>(depth)),
+      codes_(static_cast<size_t>(row_bytes(format, DType::kF32, depth))) {
+  SPLITFUSE_ASSERT(format != WeightFormat::kDense);
+  const auto scales = static_cast<size_t>(row_scales(format, depth));
+  scales_.resize(scales * (format == WeightFormat::kInt8 ? sizeof(float) : sizeof(uint16_t)));
+  if (format == WeightFormat::kInt4) minima_.resize(scales_.size());
+}
+
+void IntegerRow::set(const TensorView& matrix, int64_t row) {
+  if (matrix.format == format_) return take(matrix, row);
+  row_to_f32(matrix, row, floats_.data());
+  format_ == WeightFormat::kInt8 ? quantize8() : quantize4();
+}
+
+bool IntegerRow::overflows() const {
+  if (format_ == WeightFormat::kInt8) return false;
+  for (size_t at = 0; at < scales_.size(); at += 2) {
+    if (std::isinf(load(DType::kF16, &scales_[at])) || std::isinf(load(DType::kF16, &minima_[at]))) return true;
+  }
+  return false;
+}
+
+void IntegerRow::take(const TensorView& matrix, int64_t row) {
+  const TensorView one = row_range(matrix, row, 1);
+  std::memcpy(codes_.data(), one.data, codes_.size());
+  const int64_t size = dtype_size(matrix.dtype);
+  if (format_ == WeightFormat::kInt8) {
+    const float scale = load(matrix.dtype, bytes_of(one.scales, 0));
+    std::memcpy(scales_.data(), &scale, sizeof scale);
+    return;
+  }
+  for (size_t g = 0; 2 * g < scales_.size(); ++g) {
+    const auto at = static_cast<int64_t>(g) * size;
+    const uint16_t halves[2] = {float_to_f16(load(matrix.dtype, bytes_of(one.scales, at))),
+                                float_to_f16(load(matrix.dtype, bytes_of(one.minima, at)))};
+    std::memcpy(&scales_[2 * g], halves, 2);
+    std::memcpy(&minima_[2 * g], halves + 1, 2);
+  }
+}
+
+void IntegerRow::quantize8() {
+  float largest = 0.0f;
+  bool finite = true;
+  for (const float value : floats_) {
+    largest = std::max(largest, std::fabs(value));
+    finite &= std::isfinite(value);
+  }
+  const float inverse = finite && largest >= 0x1p-100f ? 127.0f / largest : 0.0f;
+  for (size_t k = 0; k < floats_.size(); ++k) {
+    codes_[k] = static_cast<std::byte>(static_cast<int32_t>(finite ? nearest(floats_[k] * inverse) : 0.0f));
+  }
+  const float scale = finite ? largest / 127.0f : kNaN;
+  std::memcpy(scales_.data(), &scale, sizeof scale);
+}
+
+void IntegerRow::quantize4() {
+  const std::span<const float> all = floats_;
+  for (size_t g = 0; g * kWeightGroup < all.size(); ++g) {
+    const size_t first = g * kWeightGroup;
+    quantize_group(all.subspan(first, std::min<size_t>(kWeightGroup, all.size() - first)), &codes_[g * kHalf],
+                   &scales_[2 * g], &minima_[2 * g]);
+  }
+}
+
+}  // namespace splitfuse
