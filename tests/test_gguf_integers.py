@@ -8,14 +8,21 @@ import pytest
 
 from engines import Run, random_tokens, same_bits
 from splitfuse import LLM, CheckpointError, _core, loader
-from splitfuse.gguf_blocks import INT4
+from splitfuse.gguf_blocks import INT4, INT8
 from test_gguf import write_gguf
 
 pytestmark = pytest.mark.machine_independent  # of packing, which no instruction set changes
 KINDS = gguf.GGMLQuantizationType
 PROMPT = random_tokens(7, 40)
 # Bytes of a block, and where its float16 scales lie.
-LAYOUT = {"Q4_0": (18, [0]), "Q4_1": (20, [0, 2]), "Q4_K": (144, [0, 2]), "Q6_K": (210, [208])}
+LAYOUT = {
+    "Q4_0": (18, [0]),
+    "Q5_0": (22, [0]),
+    "Q8_0": (34, [0]),
+    "Q4_1": (20, [0, 2]),
+    "Q4_K": (144, [0, 2]),
+    "Q6_K": (210, [208]),
+}
 
 
 def random_blocks(kind, rows, k, seed=0):
@@ -42,10 +49,11 @@ def held(weight, format, dtype="float32"):
     return run.embed(weight, list(range(rows)))
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
 def test_blocks_of_one_scale_are_held_exactly(kind):
     raw = random_blocks(kind, 70, 320)
-    np.testing.assert_array_equal(held(INT4[kind](raw), "int4"), dequantized(raw, kind))
+    format, as_integers = ("int4", INT4[kind]) if kind in INT4 else ("int8", INT8[kind])
+    np.testing.assert_array_equal(held(as_integers(raw), format), dequantized(raw, kind))
 
 
 def test_products_of_two_scales_are_rounded_to_half_precision():
@@ -58,21 +66,22 @@ def test_products_of_two_scales_are_rounded_to_half_precision():
     assert (np.abs(held(halves, "int4") - truth) <= size * 2.0**-11 + 2.0**-21).all()
 
 
-@pytest.mark.parametrize("kind", INT4)
+@pytest.mark.parametrize("kind", [*INT4, *INT8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dense_matrices_take_the_same_blocks_without_loss(kind, dtype):
+def test_matrices_of_another_format_take_the_same_blocks_without_loss(kind, dtype):
     raw = random_blocks(kind, 70, 768)
-    expected = held(dequantized(raw, kind), "dense", dtype)
-    np.testing.assert_array_equal(held(INT4[kind](raw), "dense", dtype), expected)
-    np.testing.assert_array_equal(
-        held(INT4[kind](raw), "int8", dtype), held(dequantized(raw, kind), "int8", dtype)
-    )
+    for format in ("dense", "int8" if kind in INT4 else "int4"):
+        blocks = {**INT4, **INT8}[kind](raw)
+        np.testing.assert_array_equal(
+            held(blocks, format, dtype), held(dequantized(raw, kind), format, dtype)
+        )
 
 
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
         ((np.zeros((2, 1, 16), np.uint8),), "expected"),
+        ((np.zeros((2, 33), np.int8), np.zeros((2, 1), np.float16)), "scales"),
         ((np.zeros((2, 1, 15), np.uint8), *[np.zeros((2, 1), np.float16)] * 2), "codes"),
         ((np.zeros((2, 32), np.uint8), *[np.zeros((2, 1), np.float16)] * 2), "codes"),
         ((np.zeros((2, 1, 16), np.uint8), np.zeros((2, 1), np.float16), np.zeros(2, np.float16)), "scales"),
@@ -111,7 +120,7 @@ def assert_same(a, b):
         assert same_bits(a[position], b[position])
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q8_0", *INT4])
+@pytest.mark.parametrize("kind", ["F32", "Q6_K", "Q8_0", *INT4])
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_a_converted_checkpoint_is_the_same_as_quantising_at_load(model, tmp_path, kind, quantize):
     file = write_gguf(tmp_path / "model.gguf", model, kind)
@@ -129,7 +138,7 @@ def test_a_converted_checkpoint_is_the_same_as_quantising_at_load(model, tmp_pat
     assert_same(logits(tmp_path / "floats", "dense"), logits(tmp_path / "out", "dense"))
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q6_K", "Q8_0"])
 def test_auto_is_the_format_of_most_weights(model, tmp_path, kind, capfd):
     format = "int4" if kind.startswith("Q4") else "int8"
     file = write_gguf(tmp_path / "model.gguf", model, kind)
@@ -139,7 +148,7 @@ def test_auto_is_the_format_of_most_weights(model, tmp_path, kind, capfd):
     assert loaded.quantize_as("int8") == "int8"
     with LLM(file, quantize="auto", token_budget=64, verbose=True) as llm:
         assert f"{format} weights" in llm.engine.describe()
-    how = "as stored" if kind in (*INT4,) else "fitted anew"
+    how = "as stored" if kind in (*INT4, *INT8) else "fitted anew"
     assert f"matrices {format}: {7 * 3} {kind} {how}" in capfd.readouterr().err
     with LLM(file, token_budget=64, verbose=True) as llm:
         assert "weights" not in llm.engine.describe()

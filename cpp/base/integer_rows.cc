@@ -79,8 +79,26 @@ Fit fit_int4(std::span<const float> x) {
   return best;
 }
 
-/// `out`: the codes of one group [16], its scale and its minimum.
-void quantize_group(std::span<const float> x, std::byte* codes, std::byte* scale, std::byte* minimum) {
+/// One group of up to 32 as int8, and its scale, which is rounded up so that no weight is beyond 127 of it.
+void quantize8(std::span<const float> x, std::byte* codes, std::byte* scale) {
+  float largest = 0.0f;
+  bool finite = true;
+  for (const float value : x) {
+    largest = std::max(largest, std::fabs(value));
+    finite &= std::isfinite(value);
+  }
+  uint16_t half = float_to_f16(finite ? largest / 127.0f : kNaN);
+  if (f16_to_float(half) * 127.0f < largest) ++half;
+  std::memcpy(scale, &half, sizeof half);
+  const float step = f16_to_float(half);
+  const float inverse = finite && step > 0.0f ? 1.0f / step : 0.0f;
+  for (size_t k = 0; k < x.size(); ++k) {
+    codes[k] = static_cast<std::byte>(static_cast<int32_t>(finite ? nearest(x[k] * inverse) : 0.0f));
+  }
+}
+
+/// One group as int4: its codes [16], scale and minimum.
+void quantize4(std::span<const float> x, std::byte* codes, std::byte* scale, std::byte* minimum) {
   const Fit fit = fit_int4(x);
   const float inverse = fit.scale > 0.0f ? 1.0f / fit.scale : 0.0f;
   const auto code = [&](int64_t i) {
@@ -110,8 +128,7 @@ int64_t row_bytes(WeightFormat format, DType dtype, int64_t depth) {
 }
 
 int64_t row_scales(WeightFormat format, int64_t depth) {
-  if (format == WeightFormat::kDense) return 0;
-  return format == WeightFormat::kInt8 ? 1 : ceil_div<int64_t>(depth, kWeightGroup);
+  return format == WeightFormat::kDense ? 0 : ceil_div<int64_t>(depth, kWeightGroup);
 }
 
 TensorView row_range(const TensorView& matrix, int64_t first, int64_t count) {
@@ -142,15 +159,15 @@ void row_to_f32(const TensorView& matrix, int64_t row, float* out) {
         return;
     }
   }
-  if (matrix.format == WeightFormat::kInt8) {
-    const float scale = load(matrix.dtype, bytes_of(one.scales, 0));
-    for (int64_t k = 0; k < depth; ++k) out[k] = scale * static_cast<float>(number<int8_t>(data + k));
-    return;
-  }
   for (int64_t g = 0; g * kWeightGroup < depth; ++g) {
     const float scale = load(matrix.dtype, bytes_of(one.scales, g * size));
-    const float minimum = load(matrix.dtype, bytes_of(one.minima, g * size));
     const int64_t count = std::min<int64_t>(kWeightGroup, depth - g * kWeightGroup);
+    if (matrix.format == WeightFormat::kInt8) {
+      const int64_t end = g * kWeightGroup + count;
+      for (int64_t k = g * kWeightGroup; k < end; ++k) out[k] = scale * static_cast<float>(number<int8_t>(data + k));
+      continue;
+    }
+    const float minimum = load(matrix.dtype, bytes_of(one.minima, g * size));
     for (int64_t i = 0; i < count; ++i) {
       const auto both = static_cast<int32_t>(data[g * kHalf + i % kHalf]);
       out[g * kWeightGroup + i] = scale * static_cast<float>(i < kHalf ? both & kMost4 : both >> 4) + minimum;
@@ -166,65 +183,47 @@ IntegerRow::IntegerRow(WeightFormat format, int64_t depth)
     : format_(format), floats_(static_cast<size_t>(depth)),
       codes_(static_cast<size_t>(row_bytes(format, DType::kF32, depth))) {
   SPLITFUSE_ASSERT(format != WeightFormat::kDense);
-  const auto scales = static_cast<size_t>(row_scales(format, depth));
-  scales_.resize(scales * (format == WeightFormat::kInt8 ? sizeof(float) : sizeof(uint16_t)));
+  scales_.resize(static_cast<size_t>(row_scales(format, depth)) * sizeof(uint16_t));
   if (format == WeightFormat::kInt4) minima_.resize(scales_.size());
 }
 
 void IntegerRow::set(const TensorView& matrix, int64_t row) {
   if (matrix.format == format_) return take(matrix, row);
   row_to_f32(matrix, row, floats_.data());
-  format_ == WeightFormat::kInt8 ? quantize8() : quantize4();
+  const std::span<const float> all = floats_;
+  for (size_t g = 0; g * kWeightGroup < all.size(); ++g) {
+    const size_t first = g * kWeightGroup;
+    const auto part = all.subspan(first, std::min<size_t>(kWeightGroup, all.size() - first));
+    if (format_ == WeightFormat::kInt8) {
+      quantize8(part, &codes_[first], &scales_[2 * g]);
+    } else {
+      quantize4(part, &codes_[g * kHalf], &scales_[2 * g], &minima_[2 * g]);
+    }
+  }
 }
 
 bool IntegerRow::overflows() const {
-  if (format_ == WeightFormat::kInt8) return false;
-  for (size_t at = 0; at < scales_.size(); at += 2) {
-    if (std::isinf(load(DType::kF16, &scales_[at])) || std::isinf(load(DType::kF16, &minima_[at]))) return true;
-  }
-  return false;
+  const auto infinite = [](const std::vector<std::byte>& halves) {
+    for (size_t at = 0; at < halves.size(); at += 2) {
+      if (std::isinf(load(DType::kF16, &halves[at]))) return true;
+    }
+    return false;
+  };
+  return infinite(scales_) || infinite(minima_);
 }
 
 void IntegerRow::take(const TensorView& matrix, int64_t row) {
   const TensorView one = row_range(matrix, row, 1);
   std::memcpy(codes_.data(), one.data, codes_.size());
   const int64_t size = dtype_size(matrix.dtype);
-  if (format_ == WeightFormat::kInt8) {
-    const float scale = load(matrix.dtype, bytes_of(one.scales, 0));
-    std::memcpy(scales_.data(), &scale, sizeof scale);
-    return;
-  }
-  for (size_t g = 0; 2 * g < scales_.size(); ++g) {
-    const auto at = static_cast<int64_t>(g) * size;
-    const uint16_t halves[2] = {float_to_f16(load(matrix.dtype, bytes_of(one.scales, at))),
-                                float_to_f16(load(matrix.dtype, bytes_of(one.minima, at)))};
-    std::memcpy(&scales_[2 * g], halves, 2);
-    std::memcpy(&minima_[2 * g], halves + 1, 2);
-  }
-}
-
-void IntegerRow::quantize8() {
-  float largest = 0.0f;
-  bool finite = true;
-  for (const float value : floats_) {
-    largest = std::max(largest, std::fabs(value));
-    finite &= std::isfinite(value);
-  }
-  const float inverse = finite && largest >= 0x1p-100f ? 127.0f / largest : 0.0f;
-  for (size_t k = 0; k < floats_.size(); ++k) {
-    codes_[k] = static_cast<std::byte>(static_cast<int32_t>(finite ? nearest(floats_[k] * inverse) : 0.0f));
-  }
-  const float scale = finite ? largest / 127.0f : kNaN;
-  std::memcpy(scales_.data(), &scale, sizeof scale);
-}
-
-void IntegerRow::quantize4() {
-  const std::span<const float> all = floats_;
-  for (size_t g = 0; g * kWeightGroup < all.size(); ++g) {
-    const size_t first = g * kWeightGroup;
-    quantize_group(all.subspan(first, std::min<size_t>(kWeightGroup, all.size() - first)), &codes_[g * kHalf],
-                   &scales_[2 * g], &minima_[2 * g]);
-  }
+  const auto in_half = [&](const void* from, std::vector<std::byte>& to) {
+    for (size_t g = 0; 2 * g < to.size(); ++g) {
+      const uint16_t half = float_to_f16(load(matrix.dtype, bytes_of(from, static_cast<int64_t>(g) * size)));
+      std::memcpy(&to[2 * g], &half, sizeof half);
+    }
+  };
+  in_half(one.scales, scales_);
+  in_half(one.minima, minima_);
 }
 
 }  // namespace splitfuse

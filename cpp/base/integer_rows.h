@@ -22,14 +22,14 @@ TensorView row_range(const TensorView& matrix, int64_t first, int64_t count);
 /// What row `row` of a matrix [n, k] of any form stands for, as f32 [k].
 void row_to_f32(const TensorView& matrix, int64_t row, float* out);
 
-/// One row as kInt8, its scale in f32, or as kInt4, scales and minima in half precision.
+/// One row as kInt8 or kInt4, scales and minima in half precision.
 class IntegerRow {
  public:
   IntegerRow(WeightFormat format, int64_t depth);
 
-  /// Takes over row `row` of `matrix` [n, depth] if that has this form; otherwise quantizes it. int8: symmetric, by the
-  /// largest magnitude of the row. int4: each 32 get the scale and minimum that fit them best (see fit_int4 in the
-  /// source). A row, or 32, that holds a NaN or an infinity becomes NaN.
+  /// Takes over row `row` of `matrix` [n, depth] if that has this form; otherwise quantizes it. int8: each 32 by their
+  /// largest magnitude, symmetric. int4: each 32 get the scale and minimum that fit them best (see fit_int4 in the
+  /// source). Those of a group that holds a NaN or an infinity become NaN.
   void set(const TensorView& matrix, int64_t row);
 
   /// Whether a scale or minimum is too large for half precision.
@@ -41,9 +41,6 @@ class IntegerRow {
 
  private:
   void take(const TensorView& matrix, int64_t row);
-  void quantize8();
-  void quantize4();
-
   WeightFormat format_;
   std::vector<float> floats_;
   std::vector<std::byte> codes_;

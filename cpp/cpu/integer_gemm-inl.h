@@ -53,8 +53,7 @@ template <int C>
 }
 
 struct Int8Format {
-  static constexpr int32_t group_bytes(int32_t width) { return kQuantGroup * width; }
-  static constexpr int32_t tail_bytes(int32_t width) { return 4 * width; }   // behind all groups
+  static constexpr int32_t group_bytes(int32_t width) { return (kQuantGroup + 2) * width; }
 
   template <int R, int C>
   [[gnu::always_inline]] static void group(const RowGroup<R>& rows, const std::byte* panel, Vec::Reg (&sums)[R][C]) {
@@ -76,21 +75,14 @@ struct Int8Format {
         for (int c = 0; c < C; ++c) dots[r][c] = Int::dot8(dots[r][c], weights[c], rows.four(r, step));
       }
     }
+    const auto* scales = reinterpret_cast<const uint16_t*>(panel + kQuantGroup * C * Vec::kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec::Reg scale = Vec::set(rows.scale(r));
+    for (int c = 0; c < C; ++c) {
+      const Vec::Reg scale = Int::load_half(scales + c * Vec::kLanes);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sums[r][c] = Vec::madd(Int::to_float(dots[r][c]), scale, sums[r][c]);
-    }
-  }
-
-  /// The panel's scales, once the sums are complete.
-  template <int W>
-  static void scale(float* sums, int32_t rows, const std::byte* tail) {
-    const auto* scales = reinterpret_cast<const float*>(tail);
-    for (int32_t r = 0; r < rows; ++r) {
-      for (int c = 0; c < W; c += Vec::kLanes) {
-        Vec::store(sums + r * W + c, Vec::mul(Vec::load(sums + r * W + c), Vec::load(scales + c)));
+      for (int r = 0; r < R; ++r) {
+        const Vec::Reg dot = Vec::mul(Int::to_float(dots[r][c]), Vec::set(rows.scale(r)));
+        sums[r][c] = Vec::madd(dot, scale, sums[r][c]);
       }
     }
   }
@@ -98,7 +90,6 @@ struct Int8Format {
 
 struct Int4Format {
   static constexpr int32_t group_bytes(int32_t width) { return (kQuantGroup / 2 + 4) * width; }
-  static constexpr int32_t tail_bytes(int32_t) { return 0; }
 
   template <int R, int C>
   [[gnu::always_inline]] static void group(const RowGroup<R>& rows, const std::byte* panel, Vec::Reg (&sums)[R][C]) {
@@ -146,9 +137,6 @@ struct Int4Format {
       }
     }
   }
-
-  template <int W>
-  static void scale(float*, int32_t, const std::byte*) {}
 };
 
 /// One block of groups of one tile of rows against one panel.
@@ -220,7 +208,7 @@ void integer_multiply(const GemmTask& task) {
   const int32_t blocks = (all + kBlockGroups - 1) / kBlockGroups;
   const int32_t block_groups = (all + blocks - 1) / blocks;
   const int32_t tiles = (task.rows + R - 1) / R;
-  const int64_t panel_bytes = int64_t{all} * kGroupBytes + Format::tail_bytes(W);
+  const int64_t panel_bytes = int64_t{all} * kGroupBytes;
   for (int32_t p = task.panel_begin; p < task.panel_end; ++p) {
     const std::byte* panel = task.panels + p * panel_bytes;
     for (block.begin = 0; block.begin < all; block.begin += block_groups) {
@@ -233,7 +221,6 @@ void integer_multiply(const GemmTask& task) {
         block.sums = task.sums + (blocks > 1 ? row * W : 0);
         integer_micro_rows<Format, R, C>(rows, block);
         if (block.begin + block.groups < all) continue;
-        Format::template scale<W>(block.sums, rows, panel + int64_t{all} * kGroupBytes);
         if (task.narrow) {
           finish<uint16_t, R, W>(task, p, row, rows, block.sums);
         } else {

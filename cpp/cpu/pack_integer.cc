@@ -13,19 +13,21 @@ static_assert(kQuantGroup == kWeightGroup);
 constexpr int32_t kMost4 = 15;
 
 int64_t group_bytes(WeightFormat format, int32_t width) {
-  return format == WeightFormat::kInt8 ? kQuantGroup * width : (kQuantGroup / 2 + 4) * width;
+  return (format == WeightFormat::kInt8 ? kQuantGroup + 2 : kQuantGroup / 2 + 4) * width;
 }
 
 /// Where weight k of a column lies in its group, in bytes.
 int64_t place(int32_t k, int32_t column, int32_t width) { return (int64_t{k} / 4 * width + column) * 4 + k % 4; }
 
 void place8(const IntegerRow& row, int32_t depth, int32_t column, int32_t width, std::byte* panel) {
+  const int64_t bytes = group_bytes(WeightFormat::kInt8, width);
   for (int32_t k = 0; k < depth; ++k) {
     const auto code = static_cast<int8_t>(row.codes()[static_cast<size_t>(k)]);
-    panel[place(k, column, width)] = static_cast<std::byte>(code + kWeightBias);
+    panel[k / kQuantGroup * bytes + place(k % kQuantGroup, column, width)] = static_cast<std::byte>(code + kWeightBias);
   }
-  const int64_t groups = ceil_div(depth, kQuantGroup);
-  std::memcpy(panel + groups * kQuantGroup * width + column * 4, row.scales().data(), 4);
+  for (int32_t g = 0; g < ceil_div(depth, kQuantGroup); ++g) {
+    std::memcpy(panel + g * bytes + kQuantGroup * width + column * 2, row.scales().data() + 2 * g, 2);
+  }
 }
 
 void place4(const IntegerRow& row, int32_t depth, int32_t column, int32_t width, std::byte* panel) {
@@ -43,8 +45,7 @@ void place4(const IntegerRow& row, int32_t depth, int32_t column, int32_t width,
 }  // namespace
 
 int64_t integer_panel_bytes(WeightFormat format, int32_t depth, int32_t width) {
-  const int64_t groups = ceil_div(depth, kQuantGroup);
-  return groups * group_bytes(format, width) + (format == WeightFormat::kInt8 ? 4 * width : 0);
+  return ceil_div(depth, kQuantGroup) * group_bytes(format, width);
 }
 
 void place_channel(const IntegerRow& row, WeightFormat format, int32_t depth, int32_t column, int32_t width,
@@ -55,11 +56,12 @@ void place_channel(const IntegerRow& row, WeightFormat format, int32_t depth, in
 void dequantize_channel(const std::byte* panel, WeightFormat format, int32_t depth, int32_t column, int32_t width,
                         float* out) {
   if (format == WeightFormat::kInt8) {
-    float scale = 0;
-    const int64_t groups = ceil_div(depth, kQuantGroup);
-    std::memcpy(&scale, panel + groups * kQuantGroup * width + column * 4, sizeof scale);
     for (int32_t k = 0; k < depth; ++k) {
-      out[k] = scale * static_cast<float>(static_cast<int32_t>(panel[place(k, column, width)]) - kWeightBias);
+      const std::byte* group = panel + k / kQuantGroup * group_bytes(format, width);
+      uint16_t half = 0;
+      std::memcpy(&half, group + kQuantGroup * width + column * 2, sizeof half);
+      const auto code = static_cast<int32_t>(group[place(k % kQuantGroup, column, width)]) - kWeightBias;
+      out[k] = f16_to_float(half) * static_cast<float>(code);
     }
     return;
   }

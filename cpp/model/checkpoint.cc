@@ -95,7 +95,7 @@ class CheckpointSource : public WeightSource {
     current_ = &found->second;
     file_->file().prefetch(stored.front()->begin, stored.back()->begin + stored.back()->size);
     const bool int4 = format == WeightFormat::kInt4;
-    return {.dtype = int4 ? DType::kF16 : DType::kF32,
+    return {.dtype = DType::kF16,
             .shape = shape,
             .data = at(stored[0]),
             .format = format,

@@ -18,11 +18,11 @@ std::vector<StoredPart> parts_of(const LaidOut& tensor, DType dtype) {
   }
   const int64_t n = shape[0];
   const int64_t bytes = n * row_bytes(format, dtype, shape[1]);
-  if (format == WeightFormat::kInt8) {
-    return {{name, "I8", shape, bytes}, {name + kScale, "F32", {n}, n * int64_t{sizeof(float)}}};
-  }
   const int64_t groups = row_scales(format, shape[1]);
   const int64_t halves = n * groups * int64_t{sizeof(uint16_t)};
+  if (format == WeightFormat::kInt8) {
+    return {{name, "I8", shape, bytes}, {name + kScale, "F16", {n, groups}, halves}};
+  }
   return {{name, "U8", {n, groups, kWeightGroup / 2}, bytes},
           {name + kScale, "F16", {n, groups}, halves},
           {name + kMinimum, "F16", {n, groups}, halves}};

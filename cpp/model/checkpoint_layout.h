@@ -2,7 +2,7 @@
 // configuration in its metadata. A matrix of integers is several tensors (TensorView says what they mean):
 //
 //   NAME          int8: I8 [n, k]     int4: U8 [n, groups, 16]
-//   NAME.scale          F32 [n]             F16 [n, groups]
+//   NAME.scale          F16 [n, groups]     F16 [n, groups]
 //   NAME.minimum                            F16 [n, groups]
 #pragma once
 

@@ -52,11 +52,11 @@ TensorView integers(const std::string& name, const std::vector<py::array>& parts
   const bool codes_fit = int4 ? shape.size() == 3 && shape[2] == kWeightGroup / 2 && is_of(parts[0], 'u', 1)
                               : shape.size() == 2 && is_of(parts[0], 'i', 1);
   if (!codes_fit) refuse(name, "expected codes of uint8 [n, groups, 16] (int4) or int8 [n, k] (int8)");
-  const std::vector<int64_t> scales(shape.begin(), shape.begin() + (int4 ? 2 : 1));
+  const std::vector<int64_t> scales = {shape[0], int4 ? shape[1] : (shape[1] + kWeightGroup - 1) / kWeightGroup};
   bool scales_fit = view.shape == scales && view.dtype != DType::kBF16;
   if (int4) scales_fit = scales_fit && shape_of(parts[2]) == scales && parts[2].dtype().is(parts[1].dtype());
   if (!scales_fit) {
-    refuse(name, "expected scales, and minima in int4, of float32 or float16: one a row in int8, one a group in int4");
+    refuse(name, "expected scales, and minima in int4, of float32 or float16, one for each 32 along k");
   }
   view.scales = view.data;
   view.data = parts[0].data();

@@ -118,7 +118,7 @@ def callback_source(
 ) -> WeightSource:
     """Weights from Python: `read(canonical name)` gives a C-contiguous array of float32, float16, or uint16
     (the bits of bfloat16); or a matrix [n, k] as integers, as TensorView in splitfuse/weights.h has them: (codes
-    int8 [n, k], scales [n]) or (codes uint8 [n, k / 32, 16], scales [n, k / 32], minima [n, k / 32]), scales and
+    int8 [n, k], scales [n, k / 32]) or (codes uint8 [n, k / 32, 16], scales and minima [n, k / 32]), scales and
     minima of float32 or float16. It is called once per tensor, in the engine's order, while loading. `format`: what
     the source says of itself."""
 

@@ -1,16 +1,18 @@
-"""GGUF's 4-bit blocks in the form of the engine's int4: the codes of the file, none fitted anew. The layouts are
+"""GGUF's blocks of 32 in the form of the engine's integers: the codes of the file, none fitted anew. The layouts are
 those of ggml-common.h and ggml-quants.c in ggml."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Raw = npt.NDArray[np.uint8]
-Integers = tuple[Raw, npt.NDArray[np.floating], npt.NDArray[np.floating]]
-"""(codes [rows, groups, 16], scales [rows, groups], minima [rows, groups]); splitfuse/weights.h has their meaning."""
+Integers = tuple[npt.NDArray[Any], ...]
+"""What `callback_source` takes: int8 (codes [rows, k], scales [rows, groups]), or int4 (codes [rows, groups, 16],
+scales, minima)."""
 
 _HALF = 2  # bytes of a float16
 
@@ -27,6 +29,20 @@ def _q4_1(raw: Raw) -> Integers:
     """w = d q + m."""
     blocks = _blocks(raw, 20)
     return np.ascontiguousarray(blocks[..., 4:]), _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _q5_0(raw: Raw) -> Integers:
+    """w = d (q - 16); the fifth bits of the 32 codes are a word of their own."""
+    blocks = _blocks(raw, 22)
+    fifth = np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little") << 4
+    four = np.concatenate([blocks[..., 6:] & 15, blocks[..., 6:] >> 4], axis=-1)
+    return ((four | fifth).view(np.int8) - np.int8(16)).reshape(raw.shape[0], -1), _halves(blocks, 0)
+
+
+def _q8_0(raw: Raw) -> Integers:
+    """w = d q."""
+    blocks = _blocks(raw, 34)
+    return np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(raw.shape[0], -1), _halves(blocks, 0)
 
 
 def _q4_k(raw: Raw) -> Integers:
@@ -53,6 +69,7 @@ def _q4_k(raw: Raw) -> Integers:
     )
 
 
+INT8: dict[str, Callable[[Raw], Integers]] = {"Q5_0": _q5_0, "Q8_0": _q8_0}
 INT4: dict[str, Callable[[Raw], Integers]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q4_K": _q4_k}
 """By ggml's name of the type: its rows [rows, bytes of a row] as integers."""
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from . import _core
 from ._core import CheckpointError, ConfigError
-from .gguf_blocks import INT4, Integers
+from .gguf_blocks import INT4, INT8, Integers
 from .gguf_file import GgufFile, GgufTensor
 
 _TENSORS = {
@@ -92,8 +92,8 @@ def check_tensors(file: GgufFile, config: _core.ModelConfig) -> None:
 
 
 def weights(file: GgufFile, config: _core.ModelConfig) -> _core.WeightSource:
-    """The tensors under their canonical names, each read when it is asked for: 4-bit blocks as integers, any other
-    quantised type dequantised."""
+    """The tensors under their canonical names, each read when it is asked for: as integers where the engine has
+    such a form, any other quantised type dequantised."""
     heads = {"q": config.num_heads, "k": config.num_kv_heads}
 
     def read(canonical: str) -> npt.NDArray[Any] | Integers:
@@ -103,9 +103,9 @@ def weights(file: GgufFile, config: _core.ModelConfig) -> _core.WeightSource:
         def in_order(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
             return np.ascontiguousarray(_half_split(rows, heads[which]) if which in heads else rows)
 
-        if tensor.kind in INT4 and len(tensor.shape) == 2:
-            codes, scales, minima = INT4[tensor.kind](file.raw(tensor))
-            return in_order(codes), in_order(scales), in_order(minima)
+        as_integers = {**INT4, **INT8}.get(tensor.kind)
+        if as_integers is not None and len(tensor.shape) == 2:
+            return tuple(in_order(part) for part in as_integers(file.raw(tensor)))
         return in_order(file.read(tensor))
 
     return _core.callback_source(

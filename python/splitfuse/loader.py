@@ -16,7 +16,7 @@ from typing import Any
 from . import _core
 from ._core import CheckpointError, ConfigError
 from ._progress import byte_bar, on_terminal
-from .gguf_blocks import INT4
+from .gguf_blocks import INT4, INT8
 from .models import Family, family_of
 from .models.family import Fields
 from .tokenizer import Tokenizer, find_tokenizer, read_json
@@ -25,7 +25,7 @@ DEMO = "demo"
 Progress = Callable[[int, int], None]
 _DTYPES = ("F32", "F16", "BF16")
 # Types of matrices that a format holds as they are.
-_AS_STORED = {"dense": {*_DTYPES}, "int8": {"int8"}, "int4": {"int4", *INT4}}
+_AS_STORED = {"dense": {*_DTYPES}, "int8": {"int8", *INT8}, "int4": {"int4", *INT4}}
 _NAMED_AT_MOST = 5
 
 

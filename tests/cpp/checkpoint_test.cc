@@ -376,11 +376,11 @@ TEST(IntegerCheckpoint, HoldsWhatItsLayoutSays) {
     using Shape = std::vector<int64_t>;
     EXPECT_EQ(stored["final_norm.weight"].dtype, "BF16");
     EXPECT_EQ(stored["embed.weight"].dtype, "I8");   // also in int4
-    EXPECT_EQ(stored["embed.weight.scale"].shape, Shape{37});
+    EXPECT_EQ(stored["embed.weight.scale"].shape, (Shape{37, 1}));
     if (format == WeightFormat::kInt8) {
       EXPECT_EQ(stored["layers.0.mlp.up.weight"].dtype, "I8");
       EXPECT_EQ(stored["layers.0.mlp.up.weight"].shape, (Shape{22, 10}));
-      EXPECT_EQ(stored["layers.0.mlp.up.weight.scale"].dtype, "F32");
+      EXPECT_EQ(stored["layers.0.mlp.up.weight.scale"].dtype, "F16");
       EXPECT_EQ(stored.size(), 2u * 16 + 5);
     } else {
       EXPECT_EQ(stored["layers.0.mlp.up.weight"].dtype, "U8");
@@ -433,7 +433,7 @@ TEST(IntegerCheckpoint, ComesBackAsNearAsItsFormatAllows) {
   }
 }
 
-TEST(IntegerCheckpoint, WeightsBeyondHalfPrecisionAreRefusedInInt4) {
+TEST(IntegerCheckpoint, ScalesBeyondHalfPrecisionAreRefused) {
   const TempDir dir;
   const ModelConfig config = tiny_model();
   MemorySource source(config, DType::kF32);
@@ -445,6 +445,9 @@ TEST(IntegerCheckpoint, WeightsBeyondHalfPrecisionAreRefusedInInt4) {
                       message_of<CheckpointError>([&] { write(WeightFormat::kInt4); }));
   EXPECT_TRUE(dir.files().empty());
   write(WeightFormat::kInt8);
+  source.add("layers.1.mlp.up.weight", {22, 10}, std::vector<float>(220, 1e7f));
+  EXPECT_PRED_FORMAT2(IsSubstring, "tensor layers.1.mlp.up.weight holds weights beyond int8",
+                      message_of<CheckpointError>([&] { write(WeightFormat::kInt8); }));
 }
 
 TEST(IntegerCheckpoint, ItsPartsAreHeldToItsConfiguration) {

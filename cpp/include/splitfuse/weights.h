@@ -24,11 +24,11 @@
 
 namespace splitfuse {
 
-/// Neighbours along k that share a scale and a minimum in kInt4.
+/// Neighbours along k that share a scale (and a minimum in kInt4).
 inline constexpr int32_t kWeightGroup = 32;
 
 /// A tensor as it lies in memory: row-major, little-endian. A matrix [n, k] may be given as integers:
-///   kInt8   data [n, k] of int8, scales [n]                                weight = scale * code
+///   kInt8   data [n, k] of int8, scales [n, groups]                        weight = scale * code
 ///   kInt4   data [n, groups, 16] of bytes, groups = ceil(k / 32), the group's first 16 codes in their low halves and
 ///           the other 16 in the high ones; scales, minima [n, groups]      weight = scale * code + minimum
 /// Scales and minima are float32 or float16 and may begin at any byte.
