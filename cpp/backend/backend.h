@@ -140,7 +140,8 @@ class Backend {
   virtual DeviceBuffer allocate(int64_t bytes) = 0;
   /// Takes every scratch byte; after it no operation allocates. `kv`: kv_block_bytes * blocks, zeroed.
   virtual void prepare(const AttentionShape& attention, const StepLimits& limits, std::byte* kv) = 0;
-  /// Packs a host tensor [rows, k] (f32, bf16, f16) into rows [row, row + rows) of `linear`, quantized to its format.
+  /// Packs a host matrix [rows, k], of floats or integers, into rows [row, row + rows) of `linear`, in its format;
+  /// integers of that format stay what they are.
   virtual void pack(const Linear& linear, Rows which, int32_t row, const TensorView& weight) = 0;
   /// The same for a bias [rows].
   virtual void pack_bias(const Linear& linear, Rows which, int32_t row, const TensorView& bias) = 0;

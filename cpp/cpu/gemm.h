@@ -4,7 +4,7 @@
 // Weights [n, k] lie in panels of `width` columns, one after another, each of them read once from front to back:
 //   f32    panel[k][width]
 //   bf16   panel[k / 2][width][2]      two neighbours along k, as the bf16 dot product instructions want them
-//   int8   panel[k / 4][width][4] of weight + 128, then float scale[width]
+//   int8   for each group of 32 along k: panel[8][width][4] of weight + 128, then scale[width] in half precision
 //   int4   for each group of 32 along k: panel[4][width][4], the first four of the group's steps of 4 in the low halves
 //          of the bytes and the last four in the high ones, then scale[width] and minimum[width] in half precision
 // Against int8 and int4 the rows are integers too: see RowRecord. A group is summed exactly, so only the order of the
@@ -21,7 +21,7 @@
 namespace splitfuse {
 
 inline constexpr int32_t kGateGroup = 8;
-/// Neighbours along k that share a scale, in rows and in int4 weights.
+/// Neighbours along k that share a scale, in rows and in weights.
 inline constexpr int32_t kQuantGroup = 32;
 /// What is added to int8 weights in a panel: the dot product instructions want one side unsigned.
 inline constexpr int32_t kWeightBias = 128;

@@ -14,7 +14,7 @@
 // A row's sums are a chain of multiply-adds, group after group, whatever the tile; within a group they are exact.
 
 /// Bytes of a panel that a walk over the tiles of rows covers, so that they stay in the first cache.
-constexpr int32_t kIntegerBlockBytes = 28 << 10;
+constexpr int32_t kIntegerBlockBytes = 29 << 10;
 
 /// The same group of R rows.
 template <int R>
@@ -46,8 +46,7 @@ struct RowGroup {
 };
 
 struct Int8Format {
-  static constexpr int32_t group_bytes(int32_t width) { return kQuantGroup * width; }
-  static constexpr int32_t tail_bytes(int32_t width) { return 4 * width; }   // behind all groups
+  static constexpr int32_t group_bytes(int32_t width) { return (kQuantGroup + 2) * width; }
 
   template <int R, int C>
   [[gnu::always_inline]] static void group(const RowGroup<R>& rows, const std::byte* panel, Ahead& ahead,
@@ -70,21 +69,22 @@ struct Int8Format {
         for (int c = 0; c < C; ++c) dots[r][c] = Int::dot8(dots[r][c], weights[c], rows.four(r, step));
       }
     }
+    ahead.fetch<2 * C * Vec::kLanes>();
+    const auto* scales = reinterpret_cast<const uint16_t*>(panel + kQuantGroup * C * Vec::kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec::Reg scale = Vec::set(rows.scale(r));
+    for (int c = 0; c < C; ++c) {
+      const Vec::Reg scale = Int::load_half(scales + c * Vec::kLanes);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sums[r][c] = Vec::madd(Int::to_float(dots[r][c]), scale, sums[r][c]);
+      for (int r = 0; r < R; ++r) {
+        const Vec::Reg dot = Vec::mul(Int::to_float(dots[r][c]), Vec::set(rows.scale(r)));
+        sums[r][c] = Vec::madd(dot, scale, sums[r][c]);
+      }
     }
   }
-
-  /// What a panel's sums are multiplied by once they are complete.
-  static const float* scales(const std::byte* tail) { return reinterpret_cast<const float*>(tail); }
 };
 
 struct Int4Format {
   static constexpr int32_t group_bytes(int32_t width) { return (kQuantGroup / 2 + 4) * width; }
-  static constexpr int32_t tail_bytes(int32_t) { return 0; }
 
   template <int R, int C>
   [[gnu::always_inline]] static void group(const RowGroup<R>& rows, const std::byte* panel, Ahead& ahead,
@@ -133,8 +133,6 @@ struct Int4Format {
       }
     }
   }
-
-  static const float* scales(const std::byte*) { return nullptr; }
 };
 
 /// One block of groups of one tile of rows against one panel.
@@ -148,7 +146,6 @@ struct IntegerBlock {
   int32_t tile;              // of `tiles` that pass over this block
   int32_t tiles;
   float* sums;               // [rows][W]
-  const float* scales;       // [W] for the last block of some formats
   float* out;                // for the last block: where the sums go instead, at out_stride; or none
   int64_t out_stride;
   bool add;                  // to what is in `out`
@@ -167,14 +164,6 @@ template <int R, int C>
 
 template <int R, int C>
 [[gnu::always_inline]] inline void end_sums(const IntegerBlock& block, Vec::Reg (&sums)[R][C]) {
-  if (block.scales != nullptr) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      const Vec::Reg scale = Vec::load(block.scales + c * Vec::kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[r][c] = Vec::mul(sums[r][c], scale);
-    }
-  }
   float* const out = block.out != nullptr ? block.out : block.sums;
   const int64_t stride = block.out != nullptr ? block.out_stride : C * Vec::kLanes;
   const bool add = block.out != nullptr && block.add;
@@ -235,7 +224,7 @@ void integer_multiply(const GemmTask& task) {
   const int32_t block_groups = (all + blocks - 1) / blocks;
   const int32_t tiles = (task.rows + R - 1) / R;
   block.tiles = tiles;
-  const int64_t panel_bytes = int64_t{all} * kGroupBytes + Format::tail_bytes(W);
+  const int64_t panel_bytes = int64_t{all} * kGroupBytes;
   for (int32_t p = task.panel_begin; p < task.panel_end; ++p) {
     const std::byte* panel = task.panels + p * panel_bytes;
     const bool direct = task.bias == nullptr && task.epilogue != Epilogue::kGate && task.columns - p * W >= W;
@@ -243,7 +232,6 @@ void integer_multiply(const GemmTask& task) {
       block.panel = panel + int64_t{block.begin} * kGroupBytes;
       block.groups = all - block.begin < block_groups ? all - block.begin : block_groups;
       const bool last = block.begin + block.groups == all;
-      block.scales = last ? Format::scales(panel + int64_t{all} * kGroupBytes) : nullptr;
       for (int32_t tile = 0; tile < tiles; ++tile) {  // of equal size, give or take a row
         const auto row = static_cast<int32_t>(int64_t{tile} * task.rows / tiles);
         const int32_t rows = static_cast<int32_t>(int64_t{tile + 1} * task.rows / tiles) - row;

@@ -22,21 +22,18 @@ T number(const std::byte* at) {
 
 /// Weight k of column c of a group, as the integer that is in the panel.
 struct Int8 {
-  static constexpr int32_t kGroupBytes = kQuantGroup * kWidth;
-  static constexpr int32_t kTailBytes = 4 * kWidth;
+  static constexpr int32_t kGroupBytes = (kQuantGroup + 2) * kWidth;
   static int32_t weight(const std::byte* group, int32_t k, int32_t c) {
     return static_cast<int32_t>(group[(k / 4 * kWidth + c) * 4 + k % 4]) - kWeightBias;
   }
   /// What a group adds to a sum: `dot` of its integers, `scale` and `total` of the row.
-  static float add(const std::byte*, int32_t, int32_t dot, float scale, float) {
-    return static_cast<float>(dot) * scale;
+  static float add(const std::byte* group, int32_t c, int32_t dot, float scale, float) {
+    return static_cast<float>(dot) * scale * f16_to_float(number<uint16_t>(group + kQuantGroup * kWidth + 2 * c));
   }
-  static float finish(float sum, const std::byte* tail, int32_t c) { return sum * number<float>(tail + 4 * c); }
 };
 
 struct Int4 {
   static constexpr int32_t kGroupBytes = (kQuantGroup / 2 + 4) * kWidth;
-  static constexpr int32_t kTailBytes = 0;
   static int32_t weight(const std::byte* group, int32_t k, int32_t c) {
     const int32_t step = k / 4 % 4;
     const auto both = static_cast<int32_t>(group[(step * kWidth + c) * 4 + k % 4]);
@@ -47,7 +44,6 @@ struct Int4 {
     return static_cast<float>(dot) * scale * f16_to_float(number<uint16_t>(halves + 2 * c)) +
            total * f16_to_float(number<uint16_t>(halves + 2 * (kWidth + c)));
   }
-  static float finish(float sum, const std::byte*, int32_t) { return sum; }
 };
 
 /// sums[c] = row . column c of the panel
@@ -64,8 +60,6 @@ void dot(const std::byte* row, const std::byte* panel, const RowRecord& record, 
                              number<float>(row + record.totals + 4 * g));
     }
   }
-  const std::byte* tail = panel + int64_t{record.groups} * Format::kGroupBytes;
-  for (int32_t c = 0; c < kWidth; ++c) sums[c] = Format::finish(sums[c], tail, c);
 }
 
 float silu(float x) { return x / (1.0f + std::exp(-x)); }
@@ -73,7 +67,7 @@ float silu(float x) { return x / (1.0f + std::exp(-x)); }
 template <class Format>
 void multiply(const GemmTask& task) {
   const RowRecord record = row_record(task.depth);
-  const int64_t panel_bytes = int64_t{record.groups} * Format::kGroupBytes + Format::kTailBytes;
+  const int64_t panel_bytes = int64_t{record.groups} * Format::kGroupBytes;
   const int32_t outputs = task.epilogue == Epilogue::kGate ? kWidth / 2 : kWidth;   // of one panel
   for (int32_t p = task.panel_begin; p < task.panel_end; ++p) {
     for (int32_t r = 0; r < task.rows; ++r) {

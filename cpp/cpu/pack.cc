@@ -6,6 +6,7 @@
 
 #include "backend/backend.h"
 #include "base/check.h"
+#include "base/integer_rows.h"
 #include "base/numeric.h"
 #include "cpu/pack_integer.h"
 #include "cpu/pack_source.h"
@@ -71,6 +72,32 @@ void pack_panels(const Linear& linear, const PackedLayout& layout, Rows which, i
   });
 }
 
+/// The same for a matrix of integers.
+template <class To>
+void pack_floats_of(const Linear& linear, const PackedLayout& layout, Rows which, int32_t row, const TensorView& weight,
+                    ThreadPool& pool) {
+  const auto rows = static_cast<int32_t>(weight.shape[0]);
+  for_each_panel(linear, layout, row, rows, pool, [&](std::byte* panel, int32_t begin, int32_t end) {
+    std::vector<float> floats(static_cast<size_t>(end - begin) * static_cast<size_t>(linear.k));
+    for (int32_t r = begin; r < end; ++r) row_to_f32(weight, r, floats.data() + int64_t{r - begin} * linear.k);
+    pack_panel<FromF32, To>(floats.data(), 0, end - begin, row + begin, linear.k, layout, which,
+                            reinterpret_cast<typename To::Element*>(panel));
+  });
+}
+
+void pack_integers(const Linear& linear, const PackedLayout& layout, Rows which, int32_t row, const TensorView& weight,
+                   ThreadPool& pool) {
+  const auto rows = static_cast<int32_t>(weight.shape[0]);
+  for_each_panel(linear, layout, row, rows, pool, [&](std::byte* panel, int32_t begin, int32_t end) {
+    IntegerRow integers(linear.format, linear.k);
+    for (int32_t r = begin; r < end; ++r) {
+      integers.set(weight, r);
+      const int32_t column = layout.column(which, row + r) % layout.width();
+      place_channel(integers, linear.format, linear.k, column, layout.width(), panel);
+    }
+  });
+}
+
 void check_rows(const Linear& linear, Rows which, int32_t row, const TensorView& tensor, size_t rank) {
   const bool fits = tensor.shape.size() == rank && (rank == 1 || tensor.shape[1] == linear.k) && row >= 0 &&
                     tensor.shape[0] >= 0 && row + tensor.shape[0] <= linear.n &&
@@ -98,25 +125,16 @@ void pack_weight(const Linear& linear, const PackedLayout& layout, DType dtype, 
                  const TensorView& weight, ThreadPool& pool) {
   check_rows(linear, which, row, weight, 2);
   if (weight.shape[0] == 0) return;
+  if (linear.format != WeightFormat::kDense) return pack_integers(linear, layout, which, row, weight, pool);
+  if (weight.format != WeightFormat::kDense) {
+    dtype == DType::kBF16 ? pack_floats_of<ToBf16>(linear, layout, which, row, weight, pool)
+                          : pack_floats_of<ToF32>(linear, layout, which, row, weight, pool);
+    return;
+  }
   with_source(weight.dtype, [&](auto from) {
     using From = decltype(from);
-    if (linear.format != WeightFormat::kDense) {
-      const auto* data = static_cast<const typename From::Element*>(weight.data);
-      const auto rows = static_cast<int32_t>(weight.shape[0]);
-      for_each_panel(linear, layout, row, rows, pool, [&](std::byte* panel, int32_t begin, int32_t end) {
-        std::vector<float> channel(static_cast<size_t>(linear.k));
-        for (int32_t r = begin; r < end; ++r) {
-          for (int32_t k = 0; k < linear.k; ++k)
-            channel[static_cast<size_t>(k)] = From::value(data[int64_t{r} * linear.k + k]);
-          const int32_t column = layout.column(which, row + r) % layout.width();
-          quantize_channel(channel.data(), linear.format, linear.k, column, layout.width(), panel);
-        }
-      });
-    } else if (dtype == DType::kBF16) {
-      pack_panels<From, ToBf16>(linear, layout, which, row, weight, pool);
-    } else {
-      pack_panels<From, ToF32>(linear, layout, which, row, weight, pool);
-    }
+    dtype == DType::kBF16 ? pack_panels<From, ToBf16>(linear, layout, which, row, weight, pool)
+                          : pack_panels<From, ToF32>(linear, layout, which, row, weight, pool);
   });
 }
 

@@ -40,8 +40,9 @@ class PackedLayout {
   int64_t bytes_;
 };
 
-/// Writes a tensor [rows, k] of f32, bf16 or f16 to rows [row, row + rows) of `linear`, rounded to nearest even or
-/// quantized. What the tensor does not cover stays as it is. Throws InvalidArgument if it does not fit.
+/// Writes a matrix [rows, k] to rows [row, row + rows) of `linear`, rounded to nearest even, quantized, or integers as
+/// they are where both have the same format. What the tensor does not cover stays as it is. Throws InvalidArgument if
+/// it does not fit.
 void pack_weight(const Linear& linear, const PackedLayout& layout, DType dtype, Rows which, int32_t row,
                  const TensorView& weight, ThreadPool& pool);
 /// The same for a bias [rows].

@@ -7,6 +7,7 @@
 #include "engine/make_backend.h"
 #include "host/batch_builder.h"
 #include "host/kv_pool.h"
+#include "model/checkpoint_layout.h"
 #include "model/decoder.h"
 #include "model/weights.h"
 
@@ -127,7 +128,8 @@ std::string MemoryPlan::to_string() const {
 }
 
 std::vector<KernelChoice> chosen_kernels(const EngineConfig& config) {
-  return make_backend(config)->kernels(config.quantize, table_format(config.quantize), config.kv_dtype);
+  return make_backend(config)->kernels(config.quantize, matrix_format("embed.weight", config.quantize),
+                                       config.kv_dtype);
 }
 
 MemoryPlan plan_memory(const ModelConfig& model, const EngineConfig& config) {

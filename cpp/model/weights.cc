@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/integer_rows.h"
+#include "model/checkpoint_layout.h"
 #include "model/safetensors.h"
 
 namespace splitfuse {
@@ -76,14 +78,12 @@ class TensorLoader {
 
   /// In slabs of rows, each given back once it is packed: an embedding table is never wholly in memory twice.
   void pack(const Linear& linear, Rows which, int32_t row, const TensorView& tensor) {
-    const int64_t row_bytes = tensor.shape[1] * dtype_size(tensor.dtype);
-    const int64_t slab = round_up(ceil_div(kSlabBytes, row_bytes), kSlabRows);
+    const int64_t bytes = row_bytes(tensor.format, tensor.dtype, tensor.shape[1]);
+    const int64_t slab = round_up(ceil_div(kSlabBytes, bytes), kSlabRows);
     for (int64_t first = 0; first < tensor.shape[0]; first += slab) {
-      TensorView part = tensor;
-      part.shape[0] = std::min(slab, tensor.shape[0] - first);
-      part.data = static_cast<const std::byte*>(tensor.data) + first * row_bytes;
-      backend_.pack(linear, which, row + static_cast<int32_t>(first), part);
-      source_.consumed((first + part.shape[0]) * row_bytes);
+      const int64_t rows = std::min(slab, tensor.shape[0] - first);
+      backend_.pack(linear, which, row + static_cast<int32_t>(first), row_range(tensor, first, rows));
+      source_.consumed((first + rows) * bytes);
     }
   }
 
@@ -95,11 +95,9 @@ class TensorLoader {
 
 }  // namespace
 
-WeightFormat table_format(WeightFormat format) { return format == WeightFormat::kInt4 ? WeightFormat::kInt8 : format; }
-
 DecoderWeights lay_out_weights(const ModelConfig& config, WeightFormat format, const Backend& backend,
                                std::byte* base) {
-  const WeightFormat table = table_format(format);
+  const WeightFormat table = matrix_format("embed.weight", format);
   const int32_t hidden = config.hidden_size;
   const int32_t heads_dim = config.num_heads * config.head_dim;
   const int32_t qkv_dim = heads_dim + 2 * config.num_kv_heads * config.head_dim;

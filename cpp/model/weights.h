@@ -27,9 +27,6 @@ struct DecoderWeights {
   int64_t bytes = 0;
 };
 
-/// Of embedding table and head where the matrices are in `format`: at least kInt8.
-WeightFormat table_format(WeightFormat format);
-
 /// Places every weight in one stretch of device memory that begins at `base`; with base == nullptr it tells
 /// the bytes needed. `format`: of the matrices.
 DecoderWeights lay_out_weights(const ModelConfig& config, WeightFormat format, const Backend& backend, std::byte* base);

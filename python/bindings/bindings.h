@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "splitfuse/splitfuse.h"
 
@@ -23,3 +24,8 @@ void set_fields(const pybind11::object& self, const pybind11::kwargs& fields);
 
 /// A C++ progress callback that calls `callback` with the GIL held; empty for None.
 splitfuse::ProgressFn progress_from(const pybind11::object& callback);
+
+/// What callback_source() takes from Python: an array, or the tuple of a matrix of integers. `keep` holds the memory.
+/// Throws CheckpointError, naming the tensor.
+splitfuse::TensorView view_of(const std::string& name, const pybind11::object& given,
+                              std::vector<pybind11::array>& keep);

@@ -8,6 +8,7 @@
 
 #include "backend/backend.h"
 #include "base/check.h"
+#include "base/integer_rows.h"
 #include "base/numeric.h"
 #include "bindings.h"
 
@@ -44,14 +45,14 @@ TensorView tensor_of(const py::array& array) {
   return view;
 }
 
-/// Rows `first` and on of a tensor, `count` of them.
-TensorView part_of(TensorView tensor, int64_t first, int64_t count) {
-  int64_t row = dtype_size(tensor.dtype);
-  for (size_t i = 1; i < tensor.shape.size(); ++i) row *= tensor.shape[i];
-  tensor.data = static_cast<const std::byte*>(tensor.data) + first * row;
-  tensor.shape[0] = count;
-  return tensor;
-}
+/// A matrix of floats, or of integers as callback_source() takes them.
+struct Given {
+  explicit Given(const py::object& w) : view(view_of("w", w, keep)) {
+    need(view.shape.size() == 2, "a weight must be [n, k]");
+  }
+  std::vector<py::array> keep;
+  TensorView view;
+};
 
 struct SeqChunk {
   int32_t computed;
@@ -71,7 +72,7 @@ class Ops {
 
   std::string describe() const { return backend_->describe(); }
 
-  Floats linear(const py::array& w, const std::optional<py::array>& bias, const Floats& x, int32_t parts) {
+  Floats linear(const py::object& w, const std::optional<py::array>& bias, const Floats& x, int32_t parts) {
     Packed packed(*backend_, format_, w, bias, parts);
     Matrix in = activations(x);
     Matrix out = poisoned(in.rows, packed.linear.n, DType::kF32);
@@ -79,7 +80,7 @@ class Ops {
     return out.result();
   }
 
-  Floats linear_add(const py::array& w, const std::optional<py::array>& bias, const Floats& x, const Floats& acc) {
+  Floats linear_add(const py::object& w, const std::optional<py::array>& bias, const Floats& x, const Floats& acc) {
     Packed packed(*backend_, format_, w, bias, 1);
     Matrix in = activations(x);
     need(rows_of(acc) == in.rows && columns_of(acc) == packed.linear.n, "acc must be [rows of x, rows of w]");
@@ -89,7 +90,7 @@ class Ops {
     return out.result();
   }
 
-  Floats linear_gated(const py::array& g, const py::array& u, const std::optional<py::array>& gb,
+  Floats linear_gated(const py::object& g, const py::object& u, const std::optional<py::array>& gb,
                       const std::optional<py::array>& ub, const Floats& x) {
     Packed packed(*backend_, format_, g, u, gb, ub);
     Matrix in = activations(x);
@@ -98,7 +99,7 @@ class Ops {
     return out.result();
   }
 
-  Floats embed(const py::array& table, const std::vector<Token>& ids) {
+  Floats embed(const py::object& table, const std::vector<Token>& ids) {
     Packed packed(*backend_, format_, table, std::nullopt, 1);
     begin_rows(ids);
     Matrix out = poisoned(static_cast<int32_t>(ids.size()), packed.linear.k, DType::kF32);
@@ -244,32 +245,34 @@ class Ops {
 
   /// A Linear and its memory.
   struct Packed {
-    Packed(Backend& backend, WeightFormat format, const py::array& w, const std::optional<py::array>& bias,
+    Packed(Backend& backend, WeightFormat format, const py::object& w, const std::optional<py::array>& bias,
            int32_t parts) {
-      make(backend, format, w, bias.has_value(), false);
-      fill(backend, Rows::kPlain, w, bias, parts);
+      const Given given(w);
+      make(backend, format, given.view, bias.has_value(), false);
+      fill(backend, Rows::kPlain, given.view, bias, parts);
     }
-    Packed(Backend& backend, WeightFormat format, const py::array& g, const py::array& u,
+    Packed(Backend& backend, WeightFormat format, const py::object& g, const py::object& u,
            const std::optional<py::array>& gb, const std::optional<py::array>& ub) {
       need(gb.has_value() == ub.has_value(), "gate and up must both have a bias, or neither");
-      make(backend, format, g, gb.has_value(), true);
-      fill(backend, Rows::kGate, g, gb, 1);
-      fill(backend, Rows::kUp, u, ub, 1);
+      const Given gate(g);
+      make(backend, format, gate.view, gb.has_value(), true);
+      fill(backend, Rows::kGate, gate.view, gb, 1);
+      fill(backend, Rows::kUp, Given(u).view, ub, 1);
     }
 
-    void make(Backend& backend, WeightFormat format, const py::array& w, bool bias, bool gated) {
-      need(w.ndim() == 2, "a weight must be [n, k]");
-      static_cast<LinearShape&>(linear) = {rows_of(w), columns_of(w), bias, gated, format};
+    void make(Backend& backend, WeightFormat format, const TensorView& w, bool bias, bool gated) {
+      static_cast<LinearShape&>(linear) = {static_cast<int32_t>(w.shape[0]), static_cast<int32_t>(w.shape[1]), bias,
+                                           gated, format};
       buffer = backend.allocate(backend.linear_bytes(linear));
       linear.data = buffer.data();
     }
     /// In `parts` runs of rows, as q, k and v are packed into one linear.
-    void fill(Backend& backend, Rows which, const py::array& w, const std::optional<py::array>& bias, int32_t parts) {
-      const TensorView weights = tensor_of(w);
+    void fill(Backend& backend, Rows which, const TensorView& weights, const std::optional<py::array>& bias,
+              int32_t parts) {
       for (int32_t i = 0; i < parts; ++i) {
         const auto begin = static_cast<int32_t>(weights.shape[0] * i / parts);
         const auto end = static_cast<int32_t>(weights.shape[0] * (i + 1) / parts);
-        backend.pack(linear, which, begin, part_of(weights, begin, end - begin));
+        backend.pack(linear, which, begin, row_range(weights, begin, end - begin));
       }
       if (bias) backend.pack_bias(linear, which, 0, tensor_of(*bias));
     }

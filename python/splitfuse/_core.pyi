@@ -101,6 +101,10 @@ MAX_LOGPROBS: int
 class WeightSource:
     """Hands out tensors by canonical name; made by one of the functions below."""
 
+    @property
+    def format(self) -> str:
+        """What most of the matrices are stored as, or as near as EngineConfig.quantize comes: "dense", "int8" or
+        "int4"."""
     def names(self) -> list[str]: ...
     def read(self, name: str) -> npt.NDArray[Any]:
         """A copy, as float32. For tests and tools."""
@@ -108,9 +112,16 @@ class WeightSource:
 def open_safetensors(files: Sequence[str], names: Sequence[tuple[str, str]]) -> WeightSource:
     """`names`: (canonical name, name in the files)."""
 
-def callback_source(names: Sequence[str], read: Callable[[str], npt.NDArray[Any]]) -> WeightSource:
+def callback_source(
+    names: Sequence[str],
+    read: Callable[[str], npt.NDArray[Any] | tuple[npt.NDArray[Any], ...]],
+    format: str = "dense",
+) -> WeightSource:
     """Weights from Python: `read(canonical name)` gives a C-contiguous array of float32, float16, or uint16
-    (the bits of bfloat16). It is called once per tensor, in the engine's order, while loading."""
+    (the bits of bfloat16); or a matrix [n, k] as integers, as TensorView in splitfuse/weights.h has them: (codes
+    int8 [n, k], scales [n, k / 32]) or (codes uint8 [n, k / 32, 16], scales and minima [n, k / 32]), scales and
+    minima of float32 or float16. It is called once per tensor, in the engine's order, while loading. `format`: what
+    the source says of itself."""
 
 def read_safetensors_header(file: str) -> tuple[list[tuple[str, str, list[int]]], dict[str, str]]:
     """([(name, dtype as written, shape)], metadata) of one file, tensors not read."""
@@ -124,8 +135,10 @@ def write_checkpoint(
     dtype: str,
     file: str,
     progress: Callable[[int, int], None] | None = None,
+    quantize: str = "dense",
 ) -> None:
-    """Writes a canonical checkpoint; `progress(bytes done, bytes in all)`."""
+    """Writes a canonical checkpoint, its matrices as "int8" or "int4" if `quantize` says so; `progress(bytes done,
+    bytes in all)`."""
 
 def canonical_names(config: ModelConfig) -> list[tuple[str, list[int]]]:
     """Every (canonical name, shape) that a model of this configuration needs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from . import _core
 from ._core import CheckpointError, ConfigError
+from .gguf_blocks import INT4, INT8, Integers
 from .gguf_file import GgufFile, GgufTensor
 
 _TENSORS = {
@@ -34,6 +36,7 @@ _HARMLESS = (
     "rope.scaling.original_context_length",
 )
 _LIMIT = 2**31
+_INT4_BITS, _FLOAT_BITS = 5.0, 16  # bits a weight of Q4_1, the widest of the 4-bit types, and of float16
 _NO_TOKEN = 2**32 - 1
 _FREQUENCY_FACTORS = "rope_freqs.weight"
 # Metadata is float32, and so were the frequency factors when they were written.
@@ -89,18 +92,44 @@ def check_tensors(file: GgufFile, config: _core.ModelConfig) -> None:
 
 
 def weights(file: GgufFile, config: _core.ModelConfig) -> _core.WeightSource:
-    """The tensors under their canonical names, each read and dequantised when it is asked for."""
+    """The tensors under their canonical names, each read when it is asked for: as integers where the engine has
+    such a form, any other quantised type dequantised."""
+    heads = {"q": config.num_heads, "k": config.num_kv_heads}
 
-    def read(canonical: str) -> npt.NDArray[Any]:
+    def read(canonical: str) -> npt.NDArray[Any] | Integers:
         tensor = file.tensors[tensor_name(canonical)]
-        values = file.read(tensor)
-        if ".attn.q." in canonical:
-            values = _half_split(values, config.num_heads)
-        elif ".attn.k." in canonical:
-            values = _half_split(values, config.num_kv_heads)
-        return np.ascontiguousarray(values)
+        which = canonical.split(".")[-2]
 
-    return _core.callback_source([name for name, _ in _core.canonical_names(config)], read)
+        def in_order(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.ascontiguousarray(_half_split(rows, heads[which]) if which in heads else rows)
+
+        as_integers = {**INT4, **INT8}.get(tensor.kind)
+        if as_integers is not None and len(tensor.shape) == 2:
+            return tuple(in_order(part) for part in as_integers(file.raw(tensor)))
+        return in_order(file.read(tensor))
+
+    return _core.callback_source(
+        [name for name, _ in _core.canonical_names(config)], read, format=_format(file, config)
+    )
+
+
+def matrix_tensors(file: GgufFile, config: _core.ModelConfig) -> list[GgufTensor]:
+    """The matrices of the linear layers."""
+    return [
+        file.tensors[tensor_name(name)]
+        for name, shape in _core.canonical_names(config)
+        if name.startswith("layers.") and len(shape) == 2
+    ]
+
+
+def _format(file: GgufFile, config: _core.ModelConfig) -> str:
+    """As most of the weights of the linear layers are."""
+    formats: Counter[str] = Counter()
+    for tensor in matrix_tensors(file, config):
+        weights = math.prod(tensor.shape)
+        bits = 8 * tensor.nbytes / weights
+        formats["int4" if bits <= _INT4_BITS else "int8" if bits < _FLOAT_BITS else "dense"] += weights
+    return formats.most_common(1)[0][0]
 
 
 def _half_split(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:

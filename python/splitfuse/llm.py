@@ -75,9 +75,8 @@ def engine_config(
     isa: str = "auto",
     pin_threads: bool = False,
 ) -> EngineConfig:
-    """The native configuration of what `LLM` takes; its docstring says what each means. `max_step_tokens`:
-    the largest forward that a policy may plan, where that is more than the token budget. Raises
-    ConfigError."""
+    """The native configuration of what `LLM` takes; its docstring says what each means. `quantize`: what depends on
+    the model is "dense" until `LoadedModel.quantize_as` is asked. `max_step_tokens`: of a policy. Raises ConfigError."""
     if token_budget == "auto":
         token_budget = 0
     elif not isinstance(token_budget, int) or token_budget < 1:
@@ -92,7 +91,7 @@ def engine_config(
     return EngineConfig(
         device="cpu" if device == "auto" else device,
         dtype="bfloat16" if dtype == "auto" else dtype,
-        quantize="dense" if quantize is None else quantize,
+        quantize="dense" if quantize in (None, "none", "auto") else quantize,
         threads=threads or 0,
         token_budget=token_budget,
         max_step_tokens=max_step_tokens,
@@ -123,8 +122,11 @@ def load_engine(
     from .loader import load
 
     loaded = load(os.fspath(model))
+    config.quantize = loaded.quantize_as(options.get("quantize"))
     say = _Says(on_terminal() if verbose is None else verbose)
     say(str(_core.plan_memory(loaded.config, config)).rstrip())
+    if loaded.kinds:
+        say(loaded.matrices(config.quantize))
     with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
         engine = Engine(loaded.config, loaded.weights, config, progress=progress)
     if curve := engine.budget_curve():
@@ -147,16 +149,16 @@ class LLM:
 
     model: a Hugging Face directory or hub id, a .gguf file, what `splitfuse convert` wrote, or "demo".
     device: "cpu", or "auto". dtype: "bfloat16" (auto) or "float32", of weights and activations.
-    quantize: "int8" or "int4" holds the matrices in fewer bits (docs/quantization.md); None as `dtype` says.
-    threads: None takes the cores this process may use. pin_threads: each but the caller's stays on a CPU of its
-    own. isa: the CPU's instruction sets, "auto" or a rung of `splitfuse info`'s ladder. token_budget: tokens of one
-    forward; "auto" measures at start. max_sequences: of one forward. max_model_len: longest sequence, prompt and
-    answer; None: what model and KV memory allow.
+    quantize: "int8" or "int4" holds the matrices in fewer bits (docs/quantization.md), "auto" in those of the
+    file, "none" as `dtype` says; None: "none", or what a checkpoint was converted to. threads: None takes the
+    cores this process may use. pin_threads: each but the caller's stays on a CPU of its own. isa: "auto" or a
+    rung of `splitfuse info`'s ladder. token_budget: tokens of one forward; "auto" measures at start.
+    max_sequences: of one forward. max_model_len: longest sequence; None: what model and KV memory allow.
     kv_memory: of the KV cache, bytes or "512MiB"; "auto": 1 GiB, or one longest sequence if that is more.
     kv_dtype: of the KV cache, "auto" for dtype or "int8": about half of bfloat16's bytes a token, at a small loss.
     prefix_caching: reuse the keys and values of prompts that begin alike. policy: which tokens run in a
-    forward, a name of `splitfuse.policies`. verbose: print memory plan and measured budget on stderr; None:
-    where that is a terminal. They are logged either way.
+    forward, a name of `splitfuse.policies`. verbose: print memory plan and budget on stderr (both are logged);
+    None: where that is a terminal.
 
     All memory is taken here. Safe to use from several threads: their requests run together. `close()` gives
     the memory back; so does leaving a `with` block, or the end of the program.

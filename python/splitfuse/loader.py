@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Any
 from . import _core
 from ._core import CheckpointError, ConfigError
 from ._progress import byte_bar, on_terminal
+from .gguf_blocks import INT4, INT8
 from .models import Family, family_of
 from .models.family import Fields
 from .tokenizer import Tokenizer, find_tokenizer, read_json
@@ -22,6 +24,8 @@ from .tokenizer import Tokenizer, find_tokenizer, read_json
 DEMO = "demo"
 Progress = Callable[[int, int], None]
 _DTYPES = ("F32", "F16", "BF16")
+# Types of matrices that a format holds as they are.
+_AS_STORED = {"dense": {*_DTYPES}, "int8": {"int8", *INT8}, "int4": {"int4", *INT4}}
 _NAMED_AT_MOST = 5
 
 
@@ -30,7 +34,8 @@ class LoadedModel:
     """What an engine and its text layer need. `weights` reads the tensors when the engine asks for them,
     once.
 
-    `generation_config`: what the model's makers suggest for sampling, as they wrote it.
+    `generation_config`: what the model's makers suggest for sampling, as they wrote it. `kinds`: where matrices are
+    quantised, how many of the linear layers are of which type. `quantize`: how they are held if nothing is said.
     """
 
     config: _core.ModelConfig
@@ -38,6 +43,8 @@ class LoadedModel:
     name: str
     path: Path
     generation_config: dict[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+    quantize: str = field(default="dense", kw_only=True)
     make_tokenizer: Callable[[], Tokenizer | None] = field(repr=False, kw_only=True)
 
     @cached_property
@@ -46,8 +53,31 @@ class LoadedModel:
         damaged, ConfigError if it is of a kind that is not supported."""
         return self.make_tokenizer()
 
-    def save(self, directory: str | Path, dtype: str = "bfloat16", progress: Progress | None = None) -> None:
-        """Writes the canonical checkpoint that load() and C++ open, and the tokenizer beside it."""
+    def quantize_as(self, asked: str | None) -> str:
+        """ "dense", "int8" or "int4": what `LLM`'s `quantize` comes to for this model."""
+        if asked == "auto":
+            return self.weights.format
+        return self.quantize if asked is None else "dense" if asked == "none" else asked
+
+    def matrices(self, quantize: str) -> str:
+        """A line on what becomes of quantised matrices when they are held as `quantize`."""
+        other = "dequantised" if quantize == "dense" else "fitted anew"
+        parts = [
+            f"{count} {kind} {'as stored' if kind in _AS_STORED[quantize] else other}"
+            for kind, count in self.kinds.items()
+        ]
+        return f"matrices {quantize}: {', '.join(parts)}"
+
+    def save(
+        self,
+        directory: str | Path,
+        dtype: str | None = None,
+        progress: Progress | None = None,
+        quantize: str = "dense",
+    ) -> None:
+        """Writes the canonical checkpoint that load() and C++ open, and the tokenizer beside it. `quantize`: "int8"
+        or "int4" writes the matrices as integers. `dtype`: of all else; None: bfloat16, or float32 beside integers,
+        which costs little and changes no answer."""
         out = Path(directory)
         if (out / "config.json").exists():
             raise CheckpointError(f"{out}: holds another model; choose a new directory")
@@ -56,7 +86,9 @@ class LoadedModel:
             self.tokenizer.save(out)
         text = json.dumps(self.generation_config, indent=2) + "\n"
         (out / "generation_config.json").write_text(text, encoding="utf-8")
-        _core.write_checkpoint(self.config, self.weights, dtype, str(out / "model.safetensors"), progress)
+        file = str(out / "model.safetensors")
+        dtype = dtype or ("bfloat16" if quantize == "dense" else "float32")
+        _core.write_checkpoint(self.config, self.weights, dtype, file, progress, quantize)
 
 
 def load(
@@ -158,12 +190,17 @@ def _load_file(path: Path) -> LoadedModel:
 
 def _load_canonical(file: Path, name: str) -> LoadedModel:
     config, weights = _core.open_checkpoint(str(file))
+    matrices = sum(
+        name.startswith("layers.") and len(shape) == 2 for name, shape in _core.canonical_names(config)
+    )
     return LoadedModel(
         config,
         weights,
         name,
         file.parent,
         _generation_config(file.parent),
+        kinds={} if weights.format == "dense" else {weights.format: matrices},
+        quantize=weights.format,
         make_tokenizer=lambda: find_tokenizer(file.parent),
     )
 
@@ -181,8 +218,14 @@ def _load_gguf(path: Path) -> LoadedModel:
 
         return read_tokenizer(file)
 
+    kinds = Counter(tensor.kind for tensor in gguf_model.matrix_tensors(file, config))
     return LoadedModel(
-        config, gguf_model.weights(file, config), path.stem, path, make_tokenizer=make_tokenizer
+        config,
+        gguf_model.weights(file, config),
+        path.stem,
+        path,
+        kinds={} if set(kinds) <= set(_DTYPES) else kinds,
+        make_tokenizer=make_tokenizer,
     )
 
 

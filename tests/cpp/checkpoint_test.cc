@@ -3,6 +3,7 @@
 #include <signal.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -351,6 +352,139 @@ TEST(Checkpoint, TensorsOfTheFileAreHeldToItsConfiguration) {
   EXPECT_PRED_FORMAT2(IsSubstring, "bad: model configuration: num_layers is 0", message_of<ConfigError>([&] {
                         open_checkpoint(changed("num_layers\\\": 2", "num_layers\\\": 0"));
                       }));
+}
+
+// ---- Matrices as integers
+
+constexpr WeightFormat kIntegers[] = {WeightFormat::kInt8, WeightFormat::kInt4};
+
+TEST(IntegerCheckpoint, HoldsWhatItsLayoutSays) {
+  const TempDir dir;
+  const ModelConfig config = tiny_model();
+  MemorySource source(config, DType::kF32);
+  for (const WeightFormat format : kIntegers) {
+    const std::string file = dir.path("model.safetensors");
+    std::vector<int64_t> progress;
+    write_checkpoint(
+        config, source, DType::kBF16, file, [&](int64_t done, int64_t) { progress.push_back(done); }, format);
+    EXPECT_EQ(progress.back(), static_cast<int64_t>(contents(file).size()));
+    std::map<std::string, SafetensorsHeader::Tensor> stored;
+    const SafetensorsHeader header = read_safetensors_header(file);
+    for (const auto& tensor : header.tensors) stored[tensor.name] = tensor;
+    EXPECT_EQ(header.metadata.back(),
+              (std::pair<std::string, std::string>("splitfuse.quantize", weight_format_name(format))));
+    using Shape = std::vector<int64_t>;
+    EXPECT_EQ(stored["final_norm.weight"].dtype, "BF16");
+    EXPECT_EQ(stored["embed.weight"].dtype, "I8");   // also in int4
+    EXPECT_EQ(stored["embed.weight.scale"].shape, (Shape{37, 1}));
+    if (format == WeightFormat::kInt8) {
+      EXPECT_EQ(stored["layers.0.mlp.up.weight"].dtype, "I8");
+      EXPECT_EQ(stored["layers.0.mlp.up.weight"].shape, (Shape{22, 10}));
+      EXPECT_EQ(stored["layers.0.mlp.up.weight.scale"].dtype, "F16");
+      EXPECT_EQ(stored.size(), 2u * 16 + 5);
+    } else {
+      EXPECT_EQ(stored["layers.0.mlp.up.weight"].dtype, "U8");
+      EXPECT_EQ(stored["layers.0.mlp.up.weight"].shape, (Shape{22, 1, 16}));
+      EXPECT_EQ(stored["layers.0.mlp.up.weight.scale"].dtype, "F16");
+      EXPECT_EQ(stored["layers.0.mlp.up.weight.minimum"].shape, (Shape{22, 1}));
+      EXPECT_EQ(stored.size(), 3u * 14 + 2u * 2 + 5);
+    }
+  }
+}
+
+TEST(IntegerCheckpoint, ComesBackAsNearAsItsFormatAllows) {
+  const TempDir dir;
+  const ModelConfig config = tiny_model();
+  MemorySource source(config, DType::kF32);
+  for (const WeightFormat format : kIntegers) {
+    const std::string file = dir.path("model.safetensors");
+    write_checkpoint(config, source, DType::kF32, file, {}, format);
+    const Checkpoint checkpoint = open_checkpoint(dir.path(""));
+    EXPECT_EQ(checkpoint.weights->format(), format);
+    for (const auto& [name, tensor] : source.tensors) {
+      const TensorView view = checkpoint.weights->read(name);
+      ASSERT_EQ(view.shape, tensor.shape);
+      ASSERT_EQ(view.format == WeightFormat::kDense, tensor.shape.size() == 1) << name;
+      if (view.format == WeightFormat::kDense) continue;
+      std::vector<float> found(tensor.values.size());
+      dequantize(view, found.data());
+      const float steps = view.format == WeightFormat::kInt8 ? 254.0f : 15.0f;
+      for (size_t i = 0; i < found.size(); ++i) {
+        const size_t row = i / tensor.shape[1] * tensor.shape[1];
+        float largest = 0;
+        for (int64_t k = 0; k < tensor.shape[1]; ++k) largest = std::max(largest, std::abs(tensor.values[row + k]));
+        ASSERT_LE(std::abs(found[i] - tensor.values[i]), 2 * largest / steps) << name << ' ' << i;
+      }
+    }
+    // From itself: integers are carried, not fitted again.
+    const std::string first = contents(file);
+    write_checkpoint(config, *checkpoint.weights, DType::kF32, dir.path("again"), {}, format);
+    EXPECT_EQ(contents(dir.path("again")), first);
+    // As floats again, it holds the same weights.
+    write_checkpoint(config, *checkpoint.weights, DType::kF32, dir.path("floats"));
+    const Checkpoint floats = open_checkpoint(dir.path("floats"));
+    EXPECT_EQ(floats.weights->format(), WeightFormat::kDense);
+    for (const auto& [name, tensor] : source.tensors) {
+      if (tensor.shape.size() == 1) continue;
+      std::vector<float> found(tensor.values.size());
+      dequantize(checkpoint.weights->read(name), found.data());
+      EXPECT_EQ(std::memcmp(floats.weights->read(name).data, found.data(), 4 * found.size()), 0) << name;
+    }
+  }
+}
+
+TEST(IntegerCheckpoint, ScalesBeyondHalfPrecisionAreRefused) {
+  const TempDir dir;
+  const ModelConfig config = tiny_model();
+  MemorySource source(config, DType::kF32);
+  source.add("layers.1.mlp.up.weight", {22, 10}, std::vector<float>(220, -70000.0f));
+  const auto write = [&](WeightFormat format) {
+    write_checkpoint(config, source, DType::kF32, dir.path("out"), {}, format);
+  };
+  EXPECT_PRED_FORMAT2(IsSubstring, "tensor layers.1.mlp.up.weight holds weights beyond int4",
+                      message_of<CheckpointError>([&] { write(WeightFormat::kInt4); }));
+  EXPECT_TRUE(dir.files().empty());
+  write(WeightFormat::kInt8);
+  source.add("layers.1.mlp.up.weight", {22, 10}, std::vector<float>(220, 1e7f));
+  EXPECT_PRED_FORMAT2(IsSubstring, "tensor layers.1.mlp.up.weight holds weights beyond int8",
+                      message_of<CheckpointError>([&] { write(WeightFormat::kInt8); }));
+}
+
+TEST(IntegerCheckpoint, ItsPartsAreHeldToItsConfiguration) {
+  const TempDir dir;
+  ModelConfig config = tiny_model();
+  config.tie_embeddings = true;
+  MemorySource source(config, DType::kF32);
+  write_checkpoint(config, source, DType::kF32, dir.path("int8"), {}, WeightFormat::kInt8);
+  write_checkpoint(config, source, DType::kF32, dir.path("int4"), {}, WeightFormat::kInt4);
+  // The text of the header changed, its length kept.
+  const auto refused = [&](const std::string& good, const std::string& from, const std::string& to) {
+    EXPECT_EQ(from.size(), to.size());
+    std::string bytes = contents(dir.path(good));
+    const size_t at = bytes.find(from);
+    EXPECT_NE(at, std::string::npos) << from;
+    dir.write("bad", bytes.replace(at, from.size(), to));
+    return message_of<CheckpointError>([&] { open_checkpoint(dir.path("bad")); });
+  };
+  EXPECT_PRED_FORMAT2(IsSubstring, "bad: splitfuse.quantize in its metadata: quantize is \"int5\"",
+                      refused("int8", "quantize\":\"int8\"", "quantize\":\"int5\""));
+  EXPECT_PRED_FORMAT2(IsSubstring, "bad: tensor embed.weight is of dtype \"U8\"; expected I8 in a checkpoint of int8",
+                      refused("int8", "\"I8\"", "\"U8\""));
+  EXPECT_PRED_FORMAT2(IsSubstring, "bad: there is no tensor for embed.weight.scale",
+                      refused("int8", "\"embed.weight.scale\"", "\"embed.weight.scole\""));
+  EXPECT_PRED_FORMAT2(IsSubstring, "bad: there is no tensor for layers.0.attn.q.weight.minimum",
+                      refused("int4", "q.weight.minimum", "q.weight.m1nimum"));
+  EXPECT_PRED_FORMAT2(
+      IsSubstring, "bad: tensor layers.0.attn.q.weight is of shape [32, 2, 8]; the configuration asks for [32, 1, 16]",
+      refused("int4", "\"shape\":[32, 1, 16]", "\"shape\":[32, 2, 8 ]"));
+  EXPECT_PRED_FORMAT2(
+      IsSubstring, "bad: tensor layers.0.attn.q.weight.scale is of shape [1, 32]; the configuration asks for [32, 1]",
+      refused("int4", "\"shape\":[32, 1],", "\"shape\":[1, 32],"));
+  // One format's file under the other's name, and without any.
+  EXPECT_PRED_FORMAT2(IsSubstring, "bad: tensor layers.0.attn.q.weight is of shape [32, 1, 16]",
+                      refused("int4", "quantize\":\"int4\"", "quantize\":\"int8\""));
+  EXPECT_PRED_FORMAT2(IsSubstring, "bad: the configuration has no use for tensor \"embed.weight.scale\"",
+                      refused("int8", "splitfuse.quantize", "splitfuse.quantise"));
 }
 
 }  // namespace

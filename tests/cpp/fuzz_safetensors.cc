@@ -83,6 +83,13 @@ int64_t read_all(WeightSource& source) {
   const auto names = source.names();
   for (auto name = names.rbegin(); name != names.rend(); ++name) {
     const TensorView tensor = source.read(*name);
+    if (tensor.format != WeightFormat::kDense) {
+      std::vector<float> floats(static_cast<size_t>(tensor.shape[0] * tensor.shape[1]));
+      dequantize(tensor, floats.data());   // touches every byte
+      source.consumed(tensor.shape[1]);
+      source.release();
+      continue;
+    }
     int64_t bytes = dtype_size(tensor.dtype);
     if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(bytes) != 0) broken("tensors are aligned");
     for (const int64_t extent : tensor.shape) bytes *= extent;
@@ -145,10 +152,15 @@ std::vector<std::string> valid_files() {
   config.max_position = 8;
   config.eos_token_ids = {1};
   ZeroSource source(config);
-  write_checkpoint(config, source, DType::kBF16, case_file());
-  std::ifstream in(case_file(), std::ios::binary);
+  const auto written = [&](WeightFormat quantize) {
+    write_checkpoint(config, source, DType::kBF16, case_file(), {}, quantize);
+    std::ifstream in(case_file(), std::ios::binary);
+    return std::string(std::istreambuf_iterator<char>(in), {});
+  };
   return {
-      std::string(std::istreambuf_iterator<char>(in), {}),
+      written(WeightFormat::kDense),
+      written(WeightFormat::kInt8),
+      written(WeightFormat::kInt4),
       safetensors_bytes({}),
       safetensors_bytes({{"w", "F32", "[2, 2]", std::string(16, 'w')}}, "{\"format\": \"pt\"}"),
       safetensors_bytes(

@@ -98,6 +98,12 @@ inline const std::vector<std::string> kWords = {"\"F32\"",
                                                 "\"__metadata__\":{\"a\":\"b\"},",
                                                 "\"format\":\"splitfuse\",",
                                                 "\"splitfuse.config\":\"{}\",",
+                                                "\"splitfuse.quantize\":\"int8\",",
+                                                "\"splitfuse.quantize\":\"int4\",",
+                                                "\"U8\"",
+                                                "\"I8\"",
+                                                "\"F16\"",
+                                                "\"embed.weight.scale\":{\"dtype\":",
                                                 "\\\"num_layers\\\": ",
                                                 "\\\"rope\\\": {"};
 

@@ -21,8 +21,8 @@ const char* dtype_name(DType dtype);
 DType dtype_from_name(const std::string& name);
 
 /// How the matrices of linear layers are held. kDense: in the format of the activations. kInt8: 8-bit integers with a
-/// scale for each output channel. kInt4: 4-bit integers with a scale and a minimum for each 32 inputs of a channel; the
-/// embedding table and the head are then kInt8. Activations meet both as 8-bit integers with a scale for each 32.
+/// scale for each 32 inputs of a channel. kInt4: 4-bit integers with a scale and a minimum for each 32; the embedding
+/// table and the head are then kInt8. Activations meet both as 8-bit integers with a scale for each 32.
 enum class WeightFormat : uint8_t { kDense, kInt8, kInt4 };
 
 /// "dense", "int8" or "int4".

@@ -24,12 +24,25 @@
 
 namespace splitfuse {
 
-/// A tensor as it lies in memory: dense, row-major, little-endian.
+/// Neighbours along k that share a scale (and a minimum in kInt4).
+inline constexpr int32_t kWeightGroup = 32;
+
+/// A tensor as it lies in memory: row-major, little-endian. A matrix [n, k] may be given as integers:
+///   kInt8   data [n, k] of int8, scales [n, groups]                        weight = scale * code
+///   kInt4   data [n, groups, 16] of bytes, groups = ceil(k / 32), the group's first 16 codes in their low halves and
+///           the other 16 in the high ones; scales, minima [n, groups]      weight = scale * code + minimum
+/// Scales and minima are float32 or float16 and may begin at any byte.
 struct TensorView {
-  DType dtype = DType::kF32;
+  DType dtype = DType::kF32;   // of data, or of scales and minima
   std::vector<int64_t> shape;
   const void* data = nullptr;
+  WeightFormat format = WeightFormat::kDense;
+  const void* scales = nullptr;
+  const void* minima = nullptr;
 };
+
+/// What a matrix [n, k] of integers stands for, as f32 [n, k].
+void dequantize(const TensorView& matrix, float* out);
 
 /// Hands out tensors by canonical name. Used by one thread, while an Engine is being constructed.
 class WeightSource {
@@ -37,6 +50,8 @@ class WeightSource {
   virtual ~WeightSource() = default;
   /// Every canonical name this source can give.
   virtual std::vector<std::string> names() const = 0;
+  /// What most of the matrices are stored as, or as near to it as EngineConfig::quantize comes.
+  virtual WeightFormat format() const { return WeightFormat::kDense; }
   /// The tensor; its data stays valid until the next call of read() or release(). Throws
   /// CheckpointError if there is none of that name.
   virtual TensorView read(const std::string& name) = 0;
@@ -67,7 +82,8 @@ struct SafetensorsHeader {
 /// Throws CheckpointError as open_safetensors does.
 SafetensorsHeader read_safetensors_header(const std::string& file);
 
-/// A canonical checkpoint: what `splitfuse convert` writes and C++ opens alone.
+/// A canonical checkpoint: what `splitfuse convert` writes and C++ opens alone. Integer matrices can be run in any
+/// format; weights->format() is their own, which costs no further loss.
 struct Checkpoint {
   ModelConfig config;
   std::unique_ptr<WeightSource> weights;
@@ -80,10 +96,11 @@ Checkpoint open_checkpoint(const std::string& path);
 using ProgressFn = std::function<void(int64_t done, int64_t total)>;
 
 /// Writes every tensor that `config` needs as a canonical checkpoint at `file`, converted to `dtype`, one
-/// tensor at a time; the file appears whole or not at all. Throws CheckpointError, with the reason, if a
-/// tensor is missing or misshapen or the file cannot be written.
+/// tensor at a time; the file appears whole or not at all. `quantize`: the matrices become integers, the same ones
+/// as in an engine of that EngineConfig::quantize. Throws CheckpointError, with the reason, if a tensor is missing or
+/// misshapen, holds what the format can't, or the file cannot be written.
 void write_checkpoint(const ModelConfig& config, WeightSource& weights, DType dtype, const std::string& file,
-                      const ProgressFn& progress = {});
+                      const ProgressFn& progress = {}, WeightFormat quantize = WeightFormat::kDense);
 
 /// Every (canonical name, shape) that a model of this configuration needs, in loading order.
 std::vector<std::pair<std::string, std::vector<int64_t>>> weight_shapes(const ModelConfig& config);

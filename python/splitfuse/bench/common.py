@@ -65,6 +65,7 @@ def open_bench(model: str, seed: int, options: dict[str, Any]) -> Iterator[Bench
 
     config = engine_config(**options)
     loaded = load(model)
+    config.quantize = loaded.quantize_as(options.get("quantize"))
     with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
         engine = Engine(loaded.config, loaded.weights, config, progress=progress)
     costs = Costs.of(loaded.config, config.dtype, config.quantize, config.kv_dtype)

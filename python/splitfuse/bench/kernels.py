@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.model)
     dtype = engine_config(dtype=args.dtype).dtype
     how = {"dtype": dtype, "threads": args.threads or 0, "isa": args.isa}
-    quantize = args.quantize or "dense"
+    quantize = loaded.quantize_as(args.quantize)
     roof = measure_roof(**how, quantize=quantize)
     linear = [
         _linear(shape, rows, quantize, how, args.seconds)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from .. import _core
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_FORMAT_BYTES = {"int8": 1, "int4": 5 / 8}  # int4: 4 bits, and two halves for each 32 weights
+_FORMAT_BYTES = {"int8": 17 / 16, "int4": 5 / 8}  # one half, or two in int4, for each 32 weights
 _SCALE_BYTES = 4
 
 

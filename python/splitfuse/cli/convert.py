@@ -7,12 +7,13 @@ import os
 from typing import Any
 
 from .._progress import byte_bar, on_terminal
-from .options import add_model
+from .options import add_model, add_quantize
 
 _EXAMPLES = """\
 examples:
   splitfuse convert demo ./demo-bf16
   splitfuse convert ./model-q8.gguf ./model-f32 --dtype float32
+  splitfuse convert ./model ./model-int4 --quantize int4
 
 OUT then works wherever a MODEL does, and C++ opens it with splitfuse::open_checkpoint."""
 
@@ -32,10 +33,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("out", metavar="OUT", help="directory to write; it is made")
     parser.add_argument(
         "--dtype",
-        default="bfloat16",
         choices=["bfloat16", "float16", "float32"],
-        help="of the weights (default: bfloat16)",
+        help="of what is not quantized (default: bfloat16; float32 beside integers)",
     )
+    add_quantize(parser, "write the matrices in so many bits")
     parser.set_defaults(run=run)
 
 
@@ -43,8 +44,12 @@ def run(args: argparse.Namespace) -> int:
     from ..loader import load
 
     loaded = load(args.model)
+    quantize = loaded.quantize_as(args.quantize)
     with byte_bar(f"Converting {loaded.name}", on_terminal()) as progress:
-        loaded.save(args.out, args.dtype, progress)
+        loaded.save(args.out, args.dtype, progress, quantize)
     size = sum(entry.stat().st_size for entry in os.scandir(args.out) if entry.is_file())
-    print(f"{args.out}: {loaded.name} in {args.dtype}, {size / 2**20:.1f} MiB")
+    numbers = args.dtype or "bfloat16" if quantize == "dense" else quantize
+    print(f"{args.out}: {loaded.name} in {numbers}, {size / 2**20:.1f} MiB")
+    if loaded.kinds:
+        print(loaded.matrices(quantize))
     return 0

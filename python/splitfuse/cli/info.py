@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     loaded = load(args.model)
     config = engine_config(**engine_options(args))
+    config.quantize = loaded.quantize_as(args.quantize)
     plan = _core.plan_memory(loaded.config, config)
     costs = Costs.of(loaded.config, config.dtype, config.quantize, config.kv_dtype)
     isas = _core.cpu_isas()

@@ -79,9 +79,7 @@ def add_kernel(parser: argparse._ActionsContainer) -> None:
         choices=["auto", "bfloat16", "float32"],
         help="number format (auto: bfloat16)",
     )
-    parser.add_argument(
-        "--quantize", choices=["int8", "int4"], help="hold the matrices in so many bits (default: as --dtype)"
-    )
+    add_quantize(parser, "hold the matrices in so many bits")
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads (default: the cores this process may use)"
     )
@@ -90,6 +88,14 @@ def add_kernel(parser: argparse._ActionsContainer) -> None:
         default="auto",
         metavar="NAME",
         help="instruction set, as `splitfuse info` lists them (auto: the best)",
+    )
+
+
+def add_quantize(parser: argparse._ActionsContainer, what: str) -> None:
+    parser.add_argument(
+        "--quantize",
+        choices=["none", "auto", "int8", "int4"],
+        help=f"{what}; auto: as a .gguf file has them (default: none, as --dtype; a converted checkpoint: as it is)",
     )
 
 

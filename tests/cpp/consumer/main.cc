@@ -16,7 +16,8 @@ int main(int argc, char** argv) {
     for (int i = 2; i < argc; ++i) prompt.push_back(std::atoi(argv[i]));
 
     splitfuse::Checkpoint checkpoint = splitfuse::open_checkpoint(argv[1]);
-    splitfuse::Engine engine(checkpoint.config, *checkpoint.weights, {.token_budget = 256});
+    const splitfuse::EngineConfig config = {.quantize = checkpoint.weights->format(), .token_budget = 256};
+    splitfuse::Engine engine(checkpoint.config, *checkpoint.weights, config);
 
     const splitfuse::PutResult put = engine.put(1, prompt, {.max_tokens = 16, .temperature = 0});
     if (!put) {
