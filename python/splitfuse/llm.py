@@ -76,7 +76,7 @@ def engine_config(
     pin_threads: bool = False,
 ) -> EngineConfig:
     """The native configuration of what `LLM` takes; its docstring says what each means. `quantize`: what depends on
-    the model is "dense" until `LoadedModel.quantize_as` is asked. `max_step_tokens`: of a policy. Raises ConfigError."""
+    the model is "dense" until `LoadedModel.quantize_as` is asked. `max_step_tokens`: a policy's. Raises ConfigError."""
     if token_budget == "auto":
         token_budget = 0
     elif not isinstance(token_budget, int) or token_budget < 1:
