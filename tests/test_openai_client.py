@@ -111,6 +111,7 @@ def test_the_fingerprint_tells_whose_numbers_an_answer_has(
         assert {chunk.system_fingerprint for chunk in stream} == {ours}
     for path, engine, same in (
         (model, {"threads": 2, "token_budget": 32}, True),
+        (model, {"threads": 2, "pin_threads": True}, True),
         (model, {"dtype": "bfloat16"}, False),
         (model, {"kv_dtype": "int8"}, False),
         (model, {"quantize": "int8"}, False),

@@ -56,7 +56,7 @@ int touch(std::byte* data, int64_t size) {
 int touch_in_turn(std::byte* data, int64_t size, ThreadPool& pool) {
   std::atomic<int> error{0};
   pool.run([&](int thread) {
-    for (int64_t at = thread * kHugePage; at < size; at += pool.size() * kHugePage) {
+    for (int64_t at = thread * kHugePage; at < size && error.load() == 0; at += pool.size() * kHugePage) {
       if (const int failed = touch(data + at, std::min(kHugePage, size - at)); failed != 0) error.store(failed);
     }
   });

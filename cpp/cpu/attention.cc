@@ -150,7 +150,7 @@ void PagedAttention::prepare(const AttentionShape& shape, const StepLimits& limi
   run_positions_ = positions_per_item(group_);
   room_ = room(shape, limits);
   const int64_t angles = round_up(room_.angles, int64_t{16});
-  memory_ = Memory((angles + room_.thread * pool_.size() + room_.partials) * int64_t{sizeof(float)});
+  memory_ = Memory((angles + room_.thread * pool_.size() + room_.partials) * int64_t{sizeof(float)}, &pool_);
   angles_ = reinterpret_cast<float*>(memory_.data());
   scratch_ = angles_ + angles;
   partials_ = scratch_ + room_.thread * pool_.size();
@@ -308,21 +308,24 @@ void PagedAttention::attention(const void* q, int32_t layer, void* out) {
                                                                                            std::memory_order_relaxed);
     }
   }
-  next_item_.store(0, std::memory_order_relaxed);
+  next_item_.store(pool_.size(), std::memory_order_relaxed);
   pool_.run([&](int thread) {
-    // One item ahead of the work, so that its keys and values can be fetched meanwhile.
     AttentionAhead ahead;
-    for (int64_t index = next_item_.fetch_add(1, std::memory_order_relaxed); index < items;) {
-      const int64_t next = next_item_.fetch_add(1, std::memory_order_relaxed);
+    const auto claim = [&] { return next_item_.fetch_add(1, std::memory_order_relaxed); };
+    for (int64_t index = thread; index < items;) {
       const Entry& entry = entries_[static_cast<size_t>(index / kv_heads)];
       const auto head = static_cast<int32_t>(index % kv_heads);
       AttentionItem item = make_item(entry, head, layer, q, out, thread);
-      if (few_rows(entry)) {
-        item.ahead = &ahead;
-        if (next < items) announce(entries_[static_cast<size_t>(next / kv_heads)], next % kv_heads, layer, item);
+      if (!few_rows(entry)) {
+        run_item(entry, head, item);
+        index = claim();
+        continue;
       }
+      // The next item is claimed before the work, so that its keys and values can be fetched meanwhile.
+      item.ahead = &ahead;
+      index = claim();
+      if (index < items) announce(entries_[static_cast<size_t>(index / kv_heads)], index % kv_heads, layer, item);
       run_item(entry, head, item);
-      index = next;
     }
   });
 }

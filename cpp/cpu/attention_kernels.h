@@ -79,7 +79,7 @@ struct AttentionItem {
   int32_t first_segment = 0;
   int32_t last_segment = 0;             // one past the last
   float scale = 0.0f;                   // of scores, with log2(e) in it
-  float* partials = nullptr;            // null: write `out`; else one state per segment, from the item's first
+  float* partials = nullptr;            // null: write `out`; else one state per segment, from the first of all
   int64_t state_floats = 0;
   float* scratch = nullptr;             // attention_scratch_floats()
   AttentionAhead* ahead = nullptr;      // the thread's, where the item waits for memory

@@ -1,5 +1,5 @@
 // Keys and values in their blocks, and their fetching ahead of use. Include inside the anonymous namespace of a file of
-// one instruction set, before attention-inl.h, which says what a Format F has.
+// one instruction set, after kv_rows-inl.h and before attention-inl.h, which says what a Format F has.
 //
 // With few query rows K and V come from memory, which is read at full speed only if it is told some KiB ahead. Hardware
 // looks ahead within a page of 4 KiB, about a head's part of a block; so lines are fetched here in the order in which
@@ -105,17 +105,22 @@ struct KvFetch {
       ++ahead.column;
       return;
     }
-    if constexpr (F::kInt8) {
-      const float* scales = key_scales_at(layout, block, column);
-      __builtin_prefetch(scales, 0, 2);
-      __builtin_prefetch(scales + layout.block_size, 0, 2);
-    }
     const char* at = keys_at(layout, block, column);
     const int64_t row_bytes = int64_t{layout.block_size} * F::kLaneBytes;
     const int rows = layout.head_dim * F::kPairRows / 2;
     const bool whole = column % block_columns == 0 && ahead.columns - ahead.column >= block_columns;
     whole ? fill_lines(at, kLine, rows * row_bytes / kLine, ahead) : fill_lines(at, row_bytes, rows, ahead);
-    ahead.column += whole ? block_columns : 1;
+    // Two columns of int8 share the lines.
+    const int shared = kLine / (kColumn * F::kLaneBytes) - column % (kLine / (kColumn * F::kLaneBytes));
+    const int columns = whole ? block_columns : least(least(shared, ahead.columns - ahead.column), block_columns);
+    if constexpr (F::kInt8) {
+      const float* scales = key_scales_at(layout, block, column);
+      for (int i = 0; i < columns; ++i) {
+        __builtin_prefetch(scales + i * kColumn, 0, 2);
+        __builtin_prefetch(scales + layout.block_size + i * kColumn, 0, 2);
+      }
+    }
+    ahead.column += columns;
   }
 
   // `count` lines at distances of `stride`.

@@ -83,7 +83,7 @@ int64_t LinearOps::scratch_bytes(const StepLimits& limits) const {
   return pool_.size() * thread_bytes() + records;
 }
 
-void LinearOps::prepare(const StepLimits& limits) { scratch_ = Memory(scratch_bytes(limits)); }
+void LinearOps::prepare(const StepLimits& limits) { scratch_ = Memory(scratch_bytes(limits), &pool_); }
 
 void LinearOps::pack(const Linear& linear, Rows which, int32_t row, const TensorView& weight) {
   pack_weight(linear, layout(linear), dtype_, which, row, weight, pool_);

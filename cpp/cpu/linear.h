@@ -53,7 +53,7 @@ class LinearOps {
   void prepare_row(const Work& work, const std::byte* in, std::byte* out) const;
   void prepare_rows(Work& work);
   void divide(Work& work);
-  void run_piece(const Work& work, const Share& share, int32_t piece, float* scratch, int32_t& widened) const;
+  void run_piece(const Work& work, const Share& share, int32_t piece, float* scratch, int32_t& prepared) const;
 
   DType dtype_;
   ThreadPool& pool_;

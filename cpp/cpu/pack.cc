@@ -1,6 +1,7 @@
 #include "cpu/pack.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include "base/numeric.h"
 #include "cpu/pack_integer.h"
 #include "cpu/pack_source.h"
+#include "splitfuse/types.h"
 
 namespace splitfuse {
 namespace {
@@ -88,14 +90,20 @@ void pack_floats_of(const Linear& linear, const PackedLayout& layout, Rows which
 void pack_integers(const Linear& linear, const PackedLayout& layout, Rows which, int32_t row, const TensorView& weight,
                    ThreadPool& pool) {
   const auto rows = static_cast<int32_t>(weight.shape[0]);
+  std::atomic<bool> overflows = false;
   for_each_panel(linear, layout, row, rows, pool, [&](std::byte* panel, int32_t begin, int32_t end) {
     IntegerRow integers(linear.format, linear.k);
     for (int32_t r = begin; r < end; ++r) {
       integers.set(weight, r);
+      if (integers.overflows()) overflows = true;
       const int32_t column = layout.column(which, row + r) % layout.width();
       place_channel(integers, linear.format, linear.k, column, layout.width(), panel);
     }
   });
+  if (overflows) {
+    throw CheckpointError(cat("weights beyond ", weight_format_name(linear.format),
+                              ", whose scales are float16: hold the matrices in another format"));
+  }
 }
 
 void check_rows(const Linear& linear, Rows which, int32_t row, const TensorView& tensor, size_t rank) {

@@ -366,7 +366,7 @@ int64_t Sampler::scratch_bytes(const StepLimits& limits) const { return Scratch:
 void Sampler::prepare(const StepLimits& limits) {
   vocab_ = limits.vocab;
   thread_bytes_ = Scratch::bytes(vocab_);
-  memory_ = Memory(scratch_bytes(limits));
+  memory_ = Memory(scratch_bytes(limits), &pool_);
 }
 
 void Sampler::sample(float* logits, std::span<const SampleRow> rows, std::span<SampleResult> results) {

@@ -219,6 +219,7 @@ class TensorWriter {
     for (int64_t r = 0; r < matrix.shape[0]; ++r) {
       row_to_f32(matrix, r, row.data());
       put_converted(name, DType::kF32, std::as_bytes(std::span(row)).data(), depth);
+      weights_.consumed((r + 1) * row_bytes(matrix.format, matrix.dtype, depth));
     }
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 
@@ -9,10 +10,12 @@ _BESIDE = 64  # open files that are no connections: the loop's, the listener, th
 
 
 def raise_limit() -> int:
-    """Raises the soft limit on open files to the hard one, and gives it."""
+    """Raises the soft limit on open files to the hard one where the system lets it, and gives what it is then."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def too_few(limit: int, queued: int, running: int) -> str | None:
