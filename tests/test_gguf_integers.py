@@ -99,6 +99,13 @@ def test_integers_of_another_shape_are_refused(parts, reason):
         source.read("w")
 
 
+@pytest.mark.parametrize(("format", "weight"), [("int8", 1e7), ("int4", -70000.0)])
+def test_scales_beyond_half_precision_are_refused_at_load_too(format, weight):
+    assert np.isfinite(held(np.full((3, 40), weight / 4, np.float32), format)).all()
+    with pytest.raises(CheckpointError, match=f"beyond {format}"):
+        held(np.full((3, 40), weight, np.float32), format)
+
+
 # ---- Whole files
 
 
