@@ -7,7 +7,8 @@ import re
 
 from .. import __version__
 
-_SAME_NUMBERS = re.compile(r"\d+ (pinned )?threads?|token budget \d+")  # what an answer's bits do not depend on
+# What an answer's bits do not depend on.
+_SAME_NUMBERS = re.compile(r"\d+ (pinned )?threads?|token budget \d+")
 
 
 def fingerprint(model: str, config: str, engine: str) -> str:
