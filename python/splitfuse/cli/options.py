@@ -27,7 +27,8 @@ def add_engine(parser: argparse.ArgumentParser, *, caches: bool = True) -> None:
     add_kernel(group)
     group.add_argument(
         "--pin-threads",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="keep each thread but the caller's on a CPU of its own, of those this process may use",
     )
     group.add_argument(
