@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
@@ -16,6 +17,7 @@
 #include "base/integer_rows.h"
 #include "base/json.h"
 #include "base/numeric.h"
+#include "base/thread_pool.h"
 #include "model/checkpoint_layout.h"
 #include "model/safetensors.h"
 #include "splitfuse/splitfuse.h"
@@ -166,8 +168,9 @@ void check_names(const ModelConfig& config, const WeightSource& weights, const s
 /// Writes tensors one after another. `wrote`: told of bytes as they are written.
 class TensorWriter {
  public:
-  TensorWriter(AtomicFile& out, WeightSource& weights, DType dtype, std::function<void(int64_t)> wrote)
-      : out_(out), weights_(weights), dtype_(dtype), wrote_(std::move(wrote)) {}
+  TensorWriter(AtomicFile& out, WeightSource& weights, DType dtype, ThreadPool& pool,
+               std::function<void(int64_t)> wrote)
+      : out_(out), weights_(weights), dtype_(dtype), pool_(pool), wrote_(std::move(wrote)) {}
 
   void write(const LaidOut& wanted) {
     const TensorView tensor = weights_.read(wanted.name);
@@ -223,35 +226,45 @@ class TensorWriter {
     }
   }
 
+  /// Threads fit the rows of a chunk, which is then written.
   void write_integers(const LaidOut& wanted, const TensorView& matrix) {
-    const auto append = [](std::vector<std::byte>& to, std::span<const std::byte> part) {
-      to.insert(to.end(), part.begin(), part.end());
-    };
-    const int64_t bytes = row_bytes(matrix.format, matrix.dtype, matrix.shape[1]);
-    IntegerRow row(wanted.format, matrix.shape[1]);
-    std::vector<std::byte> scales, minima;
-    buffer_.clear();
-    for (int64_t r = 0; r < matrix.shape[0]; ++r) {
-      row.set(matrix, r);
-      if (row.overflows()) {
+    const int64_t rows = matrix.shape[0];
+    const int64_t depth = matrix.shape[1];
+    const int64_t code_bytes = row_bytes(wanted.format, dtype_, depth);
+    const int64_t scale_bytes = row_scales(wanted.format, depth) * int64_t{sizeof(uint16_t)};
+    const bool has_minima = wanted.format == WeightFormat::kInt4;
+    std::vector<std::byte> scales(static_cast<size_t>(rows * scale_bytes));
+    std::vector<std::byte> minima(has_minima ? scales.size() : 0);
+    const int64_t at_once = std::max<int64_t>(kChunkElements * pool_.size() / std::max<int64_t>(code_bytes, 1), 1);
+    std::atomic<bool> overflows = false;
+    for (int64_t first = 0; first < rows; first += at_once) {
+      const int64_t count = std::min(at_once, rows - first);
+      buffer_.resize(static_cast<size_t>(count * code_bytes));
+      pool_.run_parts(count, [&](int, int64_t begin, int64_t end) {
+        IntegerRow row(wanted.format, depth);
+        for (int64_t r = begin; r < end; ++r) {
+          row.set(matrix, first + r);
+          if (row.overflows()) overflows = true;
+          std::ranges::copy(row.codes(), buffer_.begin() + r * code_bytes);
+          std::ranges::copy(row.scales(), scales.begin() + (first + r) * scale_bytes);
+          if (has_minima) std::ranges::copy(row.minima(), minima.begin() + (first + r) * scale_bytes);
+        }
+      });
+      if (overflows) {
         throw CheckpointError(cat("tensor ", wanted.name, " holds weights beyond ", weight_format_name(wanted.format),
                                   ", whose scales are float16; convert to another format"));
       }
-      append(buffer_, row.codes());
-      append(scales, row.scales());
-      append(minima, row.minima());
-      if (static_cast<int64_t>(buffer_.size()) < kChunkElements && r + 1 < matrix.shape[0]) continue;
       put(buffer_);
-      buffer_.clear();
-      weights_.consumed((r + 1) * bytes);
+      weights_.consumed((first + count) * row_bytes(matrix.format, matrix.dtype, depth));
     }
     put(scales);
-    if (!minima.empty()) put(minima);
+    if (has_minima) put(minima);
   }
 
   AtomicFile& out_;
   WeightSource& weights_;
   DType dtype_;
+  ThreadPool& pool_;
   std::function<void(int64_t)> wrote_;
   std::vector<std::byte> buffer_;
 };
@@ -276,7 +289,8 @@ void write_checkpoint(const ModelConfig& config, WeightSource& weights, DType dt
   AtomicFile out(file);
   out.write(header.data(), static_cast<int64_t>(header.size()));
   wrote(static_cast<int64_t>(header.size()));
-  TensorWriter writer(out, weights, dtype, wrote);
+  ThreadPool pool(quantize == WeightFormat::kDense ? 1 : 0);
+  TensorWriter writer(out, weights, dtype, pool, wrote);
   for (const LaidOut& tensor : layout) writer.write(tensor);
   out.commit();
 }
