@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +125,21 @@ def save_bin(state: dict, directory: Path, shards: int) -> None:
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The models in the user's cache, but a place apart for the integers that tests fit: tiny models would drive the
+    user's own out."""
+    from splitfuse import hub
+
+    cache = tmp_path_factory.mktemp("cache")
+    for name in ("demo", "tests"):
+        (hub.cache_dir() / name).mkdir(parents=True, exist_ok=True)
+        (cache / name).symlink_to(hub.cache_dir() / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPLITFUSE_CACHE", str(cache))
+        yield
 
 
 @pytest.fixture(scope="session")

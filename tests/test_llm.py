@@ -12,7 +12,8 @@ import pytest
 
 import splitfuse
 from splitfuse import LLM, CheckpointError, ConfigError, InvalidArgument, SamplingParams, StateError
-from splitfuse.llm import engine_config, parse_bytes
+from splitfuse._sizes import parse_bytes
+from splitfuse.llm import engine_config
 from splitfuse.policies import POLICIES
 
 SMALL = {"dtype": "float32", "kv_memory": "16MiB", "token_budget": 48, "max_sequences": 16, "verbose": False}

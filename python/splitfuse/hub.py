@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,17 @@ def cache_dir() -> Path:
     if own := os.environ.get("SPLITFUSE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "splitfuse"
+
+
+def install(finished: Path, target: Path) -> None:
+    """Moves the directory of a finished checkpoint into the cache. Another process may have been faster; then its one
+    stays. Raises OSError."""
+    try:
+        os.rename(finished, target)
+    except OSError:
+        if not (target / "model.safetensors").is_file():
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(finished, target)
 
 
 def is_repo_id(name: str) -> bool:

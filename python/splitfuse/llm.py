@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import re
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import _core
 from ._core import ConfigError, Engine, EngineConfig, InvalidArgument, StateError
 from ._progress import CountBar, byte_bar, on_terminal
+from ._sizes import parse_bytes
 from .request import Delta, NotFinite, Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -28,35 +28,6 @@ _POLL = 0.2  # seconds between looks at the progress of a batch
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
 _Asked = tuple[str | None, Sequence[int]]  # a prompt's text, if it came as text, and its tokens
-
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
-
-
-def parse_bytes(value: int | str) -> int:
-    """A size: a number of bytes, or text such as "512MiB", "2GB", "1.5 GiB". Raises ConfigError on anything
-    else."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value > 0:
-            return value
-    elif isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", value, re.IGNORECASE)
-        if (
-            match
-            and match[2].lower() in _UNITS
-            and (size := int(float(match[1]) * _UNITS[match[2].lower()])) > 0
-        ):
-            return size
-    raise ConfigError(f'a size must be bytes, or text such as "512MiB" or "2GB", not {value!r}')
 
 
 def engine_config(
@@ -115,9 +86,14 @@ def advised(generation_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_engine(
-    model: str | os.PathLike[str], *, verbose: bool | None = None, **options: Any
+    model: str | os.PathLike[str],
+    *,
+    verbose: bool | None = None,
+    quantize_cache: bool = True,
+    **options: Any,
 ) -> tuple[LoadedModel, Engine]:
-    """Opens `model` and builds its engine; `options` are those of `engine_config`, `verbose` as for `LLM`."""
+    """Opens `model` and builds its engine; `options` are those of `engine_config`, `verbose` and `quantize_cache` as
+    for `LLM`."""
     config = engine_config(**options)
     from .loader import load
 
@@ -127,6 +103,10 @@ def load_engine(
     say(str(_core.plan_memory(loaded.config, config)).rstrip())
     if loaded.kinds:
         say(loaded.matrices(config.quantize))
+    if quantize_cache:
+        from .integer_cache import with_integers
+
+        loaded = with_integers(loaded, config.quantize, say)
     with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
         engine = Engine(loaded.config, loaded.weights, config, progress=progress)
     if curve := engine.budget_curve():
@@ -150,9 +130,10 @@ class LLM:
     model: a Hugging Face directory or hub id, a .gguf file, what `splitfuse convert` wrote, or "demo".
     device: "cpu", or "auto". dtype: "bfloat16" (auto) or "float32", of weights and activations.
     quantize: "int8" or "int4" holds the matrices in fewer bits (docs/quantization.md), "auto" in those of the
-    file, "none" as `dtype` says; None: "none", or what a checkpoint was converted to. threads: None takes the
-    cores this process may use. pin_threads: each but the caller's stays on a CPU of its own. isa: "auto" or a
-    rung of `splitfuse info`'s ladder. token_budget: tokens of one forward; "auto" measures at start.
+    file, "none" as `dtype` says; None: "none", or what a checkpoint was converted to. quantize_cache: keep integers
+    that had to be fitted, in the user's cache folder, for the next start. threads: None takes the cores this process
+    may use. pin_threads: each but the caller's stays on a CPU of its own. isa: "auto" or a rung of
+    `splitfuse info`'s ladder. token_budget: tokens of one forward; "auto" measures at start.
     max_sequences: of one forward. max_model_len: longest sequence; None: what model and KV memory allow.
     kv_memory: of the KV cache, bytes or "512MiB"; "auto": 1 GiB, or one longest sequence if that is more.
     kv_dtype: of the KV cache, "auto" for dtype or "int8": about half of bfloat16's bytes a token, at a small loss.
@@ -171,6 +152,7 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         quantize: str | None = None,
+        quantize_cache: bool = True,
         threads: int | None = None,
         token_budget: int | str = "auto",
         max_sequences: int = 256,
@@ -201,6 +183,7 @@ class LLM:
             isa=isa,
             pin_threads=pin_threads,
             quantize=quantize,
+            quantize_cache=quantize_cache,
         )
         self.name: str = loaded.name
         self.tokenizer: Tokenizer | None = loaded.tokenizer

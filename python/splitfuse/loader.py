@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -22,6 +22,7 @@ from .models.family import Fields
 from .tokenizer import Tokenizer, find_tokenizer, read_json
 
 DEMO = "demo"
+CHECKPOINT_FILE = "model.safetensors"
 Progress = Callable[[int, int], None]
 _DTYPES = ("F32", "F16", "BF16")
 # Types of matrices that a format holds as they are.
@@ -36,6 +37,7 @@ class LoadedModel:
 
     `generation_config`: what the model's makers suggest for sampling, as they wrote it. `kinds`: where matrices are
     quantised, how many of the linear layers are of which type. `quantize`: how they are held if nothing is said.
+    `files`: those that the weights are read from.
     """
 
     config: _core.ModelConfig
@@ -45,6 +47,7 @@ class LoadedModel:
     generation_config: dict[str, Any] = field(default_factory=dict)
     kinds: Mapping[str, int] = field(default_factory=dict, kw_only=True)
     quantize: str = field(default="dense", kw_only=True)
+    files: Sequence[Path] = field(default=(), kw_only=True)
     make_tokenizer: Callable[[], Tokenizer | None] = field(repr=False, kw_only=True)
 
     @cached_property
@@ -58,6 +61,10 @@ class LoadedModel:
         if asked == "auto":
             return self.weights.format
         return self.quantize if asked is None else "dense" if asked == "none" else asked
+
+    def is_fitted(self, quantize: str) -> bool:
+        """Whether floats, or other integers, have to be fitted for matrices to be held as `quantize`."""
+        return quantize != "dense" and not (self.kinds and self.kinds.keys() <= _AS_STORED[quantize])
 
     def matrices(self, quantize: str) -> str:
         """A line on what becomes of quantised matrices when they are held as `quantize`."""
@@ -86,9 +93,18 @@ class LoadedModel:
             self.tokenizer.save(out)
         text = json.dumps(self.generation_config, indent=2) + "\n"
         (out / "generation_config.json").write_text(text, encoding="utf-8")
-        file = str(out / "model.safetensors")
+        self.save_weights(out / CHECKPOINT_FILE, dtype, progress, quantize)
+
+    def save_weights(
+        self,
+        file: Path,
+        dtype: str | None = None,
+        progress: Progress | None = None,
+        quantize: str = "dense",
+    ) -> None:
+        """Writes what save() does, but `file`, with weights and configuration, alone."""
         dtype = dtype or ("bfloat16" if quantize == "dense" else "float32")
-        _core.write_checkpoint(self.config, self.weights, dtype, file, progress, quantize)
+        _core.write_checkpoint(self.config, self.weights, dtype, str(file), progress, quantize)
 
 
 def load(
@@ -147,14 +163,15 @@ def _listed(names: list[str], one: str, many: str) -> str:
 
 def _load_demo(show_progress: bool) -> LoadedModel:
     """A GGUF takes over a second to dequantise, so it is converted once, in float32, which keeps it exact."""
-    from . import demo
+    from . import demo, hub
 
+    converted = demo.folder() / "converted"
     path = demo.find()
     if path is not None:
         try:
             return _load_directory(path, DEMO)
         except (CheckpointError, ConfigError):  # written by another version, or damaged
-            shutil.rmtree(demo.folder() / "converted", ignore_errors=True)
+            shutil.rmtree(converted, ignore_errors=True)
     path = demo.fetch(show_progress)
     if path.is_dir():
         return _load_directory(path, DEMO)
@@ -162,7 +179,8 @@ def _load_demo(show_progress: bool) -> LoadedModel:
         new = Path(work) / "converted"
         with byte_bar("Converting", show_progress and on_terminal()) as progress:
             _load_gguf(path).save(new, "float32", progress)
-        return _load_directory(demo.install(new), DEMO)
+        hub.install(new, converted)
+        return _load_directory(converted, DEMO)
 
 
 def _load_directory(path: Path, name: str) -> LoadedModel:
@@ -201,6 +219,7 @@ def _load_canonical(file: Path, name: str) -> LoadedModel:
         _generation_config(file.parent),
         kinds={} if weights.format == "dense" else {weights.format: matrices},
         quantize=weights.format,
+        files=[file],
         make_tokenizer=lambda: find_tokenizer(file.parent),
     )
 
@@ -225,6 +244,7 @@ def _load_gguf(path: Path) -> LoadedModel:
         path.stem,
         path,
         kinds={} if set(kinds) <= set(_DTYPES) else kinds,
+        files=[path],
         make_tokenizer=make_tokenizer,
     )
 
@@ -238,12 +258,14 @@ def _load_hugging_face(path: Path, name: str) -> LoadedModel:
     suggested = Fields(generation, str(path / "generation_config.json")).eos_ids()
     config.eos_token_ids = list(dict.fromkeys([*suggested, *config.eos_token_ids]))
     config.validate()
+    weights, files = _open_weights(path, family, config)
     return LoadedModel(
         config,
-        _open_weights(path, family, config),
+        weights,
         name,
         path,
         generation,
+        files=files,
         make_tokenizer=lambda: find_tokenizer(path),
     )
 
@@ -253,7 +275,10 @@ def _generation_config(path: Path) -> dict[str, Any]:
     return read_json(file, "the generation configuration") if file.is_file() else {}
 
 
-def _open_weights(path: Path, family: Family, config: _core.ModelConfig) -> _core.WeightSource:
+def _open_weights(
+    path: Path, family: Family, config: _core.ModelConfig
+) -> tuple[_core.WeightSource, Sequence[Path]]:
+    """The weights, and the files they are in."""
     shapes = _core.canonical_names(config)
     names = [(canonical, family.tensor_name(canonical)) for canonical, _ in shapes]
     needed = {family.tensor_name(canonical): tuple(shape) for canonical, shape in shapes}
@@ -267,14 +292,15 @@ def _open_weights(path: Path, family: Family, config: _core.ModelConfig) -> _cor
 
     if files := _files(path, "model.safetensors"):
         check([tensor for file in files for tensor in _core.read_safetensors_header(str(file))[0]])
-        return _core.open_safetensors([str(file) for file in files], names)
+        return _core.open_safetensors([str(file) for file in files], names), files
     if files := _files(path, "pytorch_model.bin"):
         from .bin_file import BinFiles
 
         tensors = BinFiles(files)
         check(tensors.listing())
         stored = dict(names)
-        return _core.callback_source([name for name, _ in names], lambda name: tensors.read(stored[name]))
+        source = _core.callback_source([name for name, _ in names], lambda name: tensors.read(stored[name]))
+        return source, files
     raise CheckpointError(
         f"{path}: holds no weights: expected model.safetensors or pytorch_model.bin, or their index"
     )

@@ -12,10 +12,10 @@ from .._core import InvalidArgument
 from .generate import as_json
 from .options import (
     add_engine,
+    add_loading,
     add_model,
     add_policy,
     add_sampling,
-    add_verbose,
     load_llm,
     sampling_params,
 )
@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
     add_sampling(parser, None)
     add_policy(parser)
     add_engine(parser)
-    add_verbose(parser)
+    add_loading(parser)
     parser.set_defaults(run=run)
 
 

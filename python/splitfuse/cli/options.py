@@ -110,7 +110,7 @@ def add_kv_dtype(parser: argparse._ActionsContainer) -> None:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `LLM` and `engine_config`."""
+    """The keyword arguments of `engine_config`."""
     names = (
         "device",
         "dtype",
@@ -127,16 +127,28 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*names, "prefix_caching")}
 
 
-def add_verbose(parser: argparse.ArgumentParser) -> None:
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded; `loading_options` collects these and the engine's."""
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="print the memory plan and what runs, on stderr"
     )
+    parser.add_argument(
+        "--quantize-cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep integers that --quantize had to fit for the next start (default: yes)",
+    )
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `load_engine`; those of `LLM` but its policy."""
+    return {**engine_options(args), "verbose": args.verbose, "quantize_cache": args.quantize_cache}
 
 
 def load_llm(args: argparse.Namespace) -> LLM:
     from ..llm import LLM
 
-    return LLM(args.model, policy=args.policy, verbose=args.verbose, **engine_options(args))
+    return LLM(args.model, policy=args.policy, **loading_options(args))
 
 
 _SAMPLING: dict[str, dict[str, Any]] = {

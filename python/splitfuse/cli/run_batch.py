@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .._core import InvalidArgument
 from .._progress import on_terminal
-from .options import add_engine, add_model, add_policy, add_verbose, engine_options
+from .options import add_engine, add_loading, add_model, add_policy, loading_options
 
 if TYPE_CHECKING:
     from ..server.batch_file import Results
@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
     )
     add_policy(parser)
     add_engine(parser)
-    add_verbose(parser)
+    add_loading(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits()
     settings = Settings(
         model=args.model,
-        engine={**engine_options(args), "verbose": args.verbose},
+        engine=loading_options(args),
         policy=args.policy,
         served_names=tuple(args.served_model_name),
         # A request may hold many prompts, and none is to be turned away.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core import ConfigError
-from .options import add_engine, add_model, add_policy, add_verbose, engine_options
+from .options import add_engine, add_loading, add_model, add_policy, loading_options
 
 _EXAMPLES = """\
 examples:
@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
     _add_limits(parser)
     add_policy(parser)
     add_engine(parser)
-    add_verbose(parser)
+    add_loading(parser)
     parser.set_defaults(run=run)
 
 
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     keys = [*args.api_key, *_lines(args.api_key_file)]
     settings = Settings(
         model=args.model,
-        engine={**engine_options(args), "verbose": args.verbose or None},
+        engine={**loading_options(args), "verbose": args.verbose or None},
         policy=args.policy,
         served_names=tuple(args.served_model_name),
         host=args.host,
