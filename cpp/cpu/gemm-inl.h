@@ -37,7 +37,22 @@ class Ahead {
 
 // ---- Formats: how one step along k multiplies R rows with a panel of C registers' width
 
-struct F32Format {
+/// A format's sums lie as [row][column], unless it takes them to tiles of kRowStep rows while it works.
+struct RowByRow {
+  static constexpr int kRowStep = 1;
+  template <int R, int C>
+  static void to_tiles(Vec::Reg (&)[R][C]) {}
+  template <int R, int C>
+  static void from_tiles(Vec::Reg (&)[R][C]) {}
+};
+
+/// Rows that the sums of R rows have room for.
+template <class Format>
+constexpr int padded(int rows) {
+  return (rows + Format::kRowStep - 1) / Format::kRowStep * Format::kRowStep;
+}
+
+struct F32Format : RowByRow {
   using In = float;  // as the rows come
   using Weight = float;
   using Out = float;  // of gated linears
@@ -58,7 +73,7 @@ struct F32Format {
 };
 
 /// bf16 weights against rows widened to f32: both halves of a pair become f32 on the way to the registers.
-struct WideBf16Format {
+struct WideBf16Format : RowByRow {
   using In = float;
   using Weight = uint16_t;
   using Out = uint16_t;
@@ -182,20 +197,22 @@ template <class Format, int R, int C>
 void micro(const Block<Format>& block) {
   constexpr int W = C * Vec::kLanes;
   float* sums = block.sums;
-  Vec::Reg acc[R][C];
+  constexpr int kPadded = padded<Format>(R);
+  Vec::Reg acc[kPadded][C];
   if (block.from_zero) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < kPadded; ++r) {
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) acc[r][c] = Vec::set(0.0f);
     }
   } else {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < kPadded; ++r) {   // what pads them repeats the last
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[r][c] = Vec::load(sums + r * W + c * Vec::kLanes);
+      for (int c = 0; c < C; ++c) acc[r][c] = Vec::load(sums + (r < R ? r : R - 1) * W + c * Vec::kLanes);
     }
   }
+  Format::to_tiles(acc);
   const typename Format::In* in = block.in;
   const typename Format::Weight* panel = block.panel;
   const int64_t stride = block.stride;
@@ -209,6 +226,7 @@ void micro(const Block<Format>& block) {
     in += Format::kPerStep;
     panel += Format::kPerStep * W;
   }
+  Format::from_tiles(acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -224,6 +242,14 @@ template <class Format, int R, int C>
   } else if constexpr (R > 1) {
     micro_rows<Format, R - 1, C>(rows, block);
   }
+}
+
+/// The first row of tile `tile` of `tiles`: they are of equal size, give or take kRowStep rows.
+template <class Format>
+int32_t tile_begin(int32_t tile, int32_t tiles, int32_t rows) {
+  const int32_t steps = (rows + Format::kRowStep - 1) / Format::kRowStep;
+  const auto begin = static_cast<int32_t>(int64_t{tile} * steps / tiles) * Format::kRowStep;
+  return begin < rows ? begin : rows;
 }
 
 /// Writes sums [rows][W] of a panel to rows of `task.out` that begin at `row`.
@@ -265,9 +291,9 @@ void multiply(const GemmTask& task) {
       block.steps = steps - begin < block_steps ? steps - begin : block_steps;
       block.from_zero = begin == 0;
       block.tiles = tiles;
-      for (int32_t tile = 0; tile < tiles; ++tile) {  // of equal size, give or take a row
-        const int32_t row = static_cast<int32_t>(int64_t{tile} * task.rows / tiles);
-        const int32_t rows = static_cast<int32_t>(int64_t{tile + 1} * task.rows / tiles) - row;
+      for (int32_t tile = 0; tile < tiles; ++tile) {
+        const int32_t row = tile_begin<Format>(tile, tiles, task.rows);
+        const int32_t rows = tile_begin<Format>(tile + 1, tiles, task.rows) - row;
         block.in = static_cast<const In*>(task.in) + row * task.in_stride + int64_t{begin} * Format::kPerStep;
         block.sums = task.sums + (blocks > 1 ? row * W : 0);
         block.tile = tile;

@@ -3,14 +3,16 @@
 //
 // Weights [n, k] lie in panels of `width` columns, one after another, each of them read once from front to back:
 //   f32    panel[k][width]
-//   bf16   panel[k / 2][width][2]      two neighbours along k, as the bf16 dot product instructions want them
-//   int8   for each group of 32 along k: panel[8][width][4] of weight + 128, then scale[width] in half precision
-//   int4   for each group of 32 along k: panel[4][width][4], the first four of the group's steps of 4 in the low halves
-//          of the bytes and the last four in the high ones, then scale[width] and minimum[width] in half precision
+//   bf16   panel[k / t][width][t]      t neighbours along k: 2 where an instruction multiplies pairs, 4 for BFMMLA
+//   int8   for each group of 32 along k: panel[32 / t][width][t] of weight + 128, then scale[width] in half precision;
+//          t of 4 where an instruction adds four products, 8 for USMMLA
+//   int4   for each group of 32 along k: panel[16 / t][width][t], t as for int8, of bytes that hold a column's first 16
+//          weights in their low halves and its last in the high ones, then scale[width] and minimum[width] in half
+//          precision
 // Against int8 and int4 the rows are integers too: see RowRecord. A group is summed exactly, so only the order of the
 // groups counts.
 // A gated linear's columns alternate in groups of kGateGroup: 8 of gate, then the same 8 of up. What is missing
-// to a whole panel or an even k is zero. Every sum runs over k in ascending order, for every row by itself.
+// to a whole panel or a whole t is zero. Every sum runs over k in ascending order, for every row by itself.
 #pragma once
 
 #include <cstddef>
@@ -77,6 +79,7 @@ inline constexpr int64_t kSumFloats = int64_t{kTaskRows} * kWidestPanel + 64;
 struct GemmKernel {
   Isa isa = Isa::kRef;  // whose it is
   int32_t width = 0;  // columns of a panel
+  int32_t together = 0;  // t of the panels, a power of two; 1 for f32
   int32_t row_tile = 0;  // rows that share one reading of a panel
   void (*multiply)(const GemmTask& task) = nullptr;
   /// Where `multiply` wants f32 rows though the format is bf16: `count` elements from bf16 to f32. Null elsewhere.

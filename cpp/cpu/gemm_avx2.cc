@@ -52,12 +52,14 @@ uint64_t read(const std::byte* data, int64_t bytes) {
 void add_gemm_avx2(GemmTable& table) {
   table.f32 = {.isa = Isa::kAvx2,
                .width = kRegisters * Vec::kLanes,
+               .together = 1,
                .row_tile = kRows,
                .multiply = multiply<F32Format, kRows, kRegisters>,
                .widen = nullptr,
                .peak = peak_of_fma<12>};
   table.bf16 = {.isa = Isa::kAvx2,
                 .width = kRegisters * Vec::kLanes,
+                .together = 2,
                 .row_tile = kWideRows,
                 .multiply = multiply<WideBf16Format, kWideRows, kRegisters>,
                 .widen = widen,

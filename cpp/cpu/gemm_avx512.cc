@@ -47,12 +47,14 @@ uint64_t read(const std::byte* data, int64_t bytes) {
 void add_gemm_avx512(GemmTable& table) {
   table.f32 = {.isa = Isa::kAvx512,
                .width = kRegisters * Vec::kLanes,
+               .together = 1,
                .row_tile = kRows,
                .multiply = multiply<F32Format, kRows, kRegisters>,
                .widen = nullptr,
                .peak = peak_of_fma<24>};
   table.bf16 = {.isa = Isa::kAvx512,
                 .width = kRegisters * Vec::kLanes,
+                .together = 2,
                 .row_tile = kRows,
                 .multiply = multiply<WideBf16Format, kRows, kRegisters>,
                 .widen = widen,

@@ -27,7 +27,7 @@ constexpr int kRegisters = 3;   // columns of a panel: 24 sums, 3 weights and 1 
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
-struct Bf16Format {
+struct Bf16Format : RowByRow {
   using In = uint16_t;
   using Weight = uint16_t;
   using Out = uint16_t;
@@ -70,6 +70,7 @@ double peak(int64_t rounds) {
 void add_gemm_avx512_bf16(GemmTable& table) {
   table.bf16 = {.isa = Isa::kAvx512Bf16,
                 .width = kRegisters * Vec::kLanes,
+                .together = 2,
                 .row_tile = kRows,
                 .multiply = multiply<Bf16Format, kRows, kRegisters>,
                 .widen = nullptr,

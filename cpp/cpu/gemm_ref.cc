@@ -88,8 +88,18 @@ uint64_t read(const std::byte* data, int64_t bytes) {
 }  // namespace
 
 void add_gemm_ref(GemmTable& table) {
-  table.f32 = {.width = kWidth, .row_tile = 1, .multiply = multiply<F32>, .widen = nullptr, .peak = peak};
-  table.bf16 = {.width = kWidth, .row_tile = 1, .multiply = multiply<Bf16>, .widen = nullptr, .peak = peak};
+  table.f32 = {.width = kWidth,
+               .together = F32::kTogether,
+               .row_tile = 1,
+               .multiply = multiply<F32>,
+               .widen = nullptr,
+               .peak = peak};
+  table.bf16 = {.width = kWidth,
+                .together = Bf16::kTogether,
+                .row_tile = 1,
+                .multiply = multiply<Bf16>,
+                .widen = nullptr,
+                .peak = peak};
   table.read = read;
 }
 

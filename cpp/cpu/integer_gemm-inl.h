@@ -1,15 +1,7 @@
 // The GEMM loops over integer weights and rows (RowRecord), once for all vector instruction sets. Include inside the
-// anonymous namespace of a file compiled for one of them, after Vec and gemm-inl.h and a struct Int:
-//
-//   Sums                          a register of Vec::kLanes 32-bit sums
-//   Bytes                         a register of 4 kLanes weights, four neighbours along k in a lane
-//   start(offset)                 sums before the first dot8: `offset`, or 0 where dot8 takes signed weights
-//   Weights8, prepare8(Bytes)     int8 weights as dot8 wants them
-//   dot8(Sums, Weights8, four)    sums + weights times four values of a row
-//   dot4(Sums, Bytes, four)       the same for weights of 0 to 15
-//   load, low, high               Bytes from memory; the low, the high halves of their bytes
-//   to_float(Sums), load_half(p), zero()
-//   load_cells, largest_magnitude, round, store_group   what quantize_row asks for
+// anonymous namespace of a file compiled for one of them, after Vec and gemm-inl.h and a struct Int that has what
+// quantize_row asks for: load_cells, largest_magnitude, round, store_group, zero(). A format (integer_dots-inl.h) says
+// how one group of R rows is multiplied.
 //
 // A row's sums are a chain of multiply-adds, group after group, whatever the tile; within a group they are exact.
 
@@ -45,96 +37,6 @@ struct RowGroup {
   }
 };
 
-struct Int8Format {
-  static constexpr int32_t group_bytes(int32_t width) { return (kQuantGroup + 2) * width; }
-
-  template <int R, int C>
-  [[gnu::always_inline]] static void group(const RowGroup<R>& rows, const std::byte* panel, Ahead& ahead,
-                                           Vec::Reg (&sums)[R][C]) {
-    typename Int::Sums dots[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) dots[r][c] = Int::start(rows.offset(r));
-    }
-#pragma GCC unroll 8
-    for (int step = 0; step < kQuantGroup / 4; ++step) {
-      ahead.fetch<4 * C * Vec::kLanes>();
-      typename Int::Weights8 weights[C];
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) weights[c] = Int::prepare8(Int::load(panel + (step * C + c) * 4 * Vec::kLanes));
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) dots[r][c] = Int::dot8(dots[r][c], weights[c], rows.four(r, step));
-      }
-    }
-    ahead.fetch<2 * C * Vec::kLanes>();
-    const auto* scales = reinterpret_cast<const uint16_t*>(panel + kQuantGroup * C * Vec::kLanes);
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      const Vec::Reg scale = Int::load_half(scales + c * Vec::kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec::Reg dot = Vec::mul(Int::to_float(dots[r][c]), Vec::set(rows.scale(r)));
-        sums[r][c] = Vec::madd(dot, scale, sums[r][c]);
-      }
-    }
-  }
-};
-
-struct Int4Format {
-  static constexpr int32_t group_bytes(int32_t width) { return (kQuantGroup / 2 + 4) * width; }
-
-  template <int R, int C>
-  [[gnu::always_inline]] static void group(const RowGroup<R>& rows, const std::byte* panel, Ahead& ahead,
-                                           Vec::Reg (&sums)[R][C]) {
-    constexpr int kLoads = kQuantGroup / 8;
-    typename Int::Sums dots[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) dots[r][c] = Int::zero();
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kLoads; ++i) {
-      ahead.fetch<4 * C * Vec::kLanes>();
-      typename Int::Bytes both[C];
-      typename Int::Bytes weights[C];
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        both[c] = Int::load(panel + (i * C + c) * 4 * Vec::kLanes);
-        weights[c] = Int::low(both[c]);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) dots[r][c] = Int::dot4(dots[r][c], weights[c], rows.four(r, i));
-      }
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) weights[c] = Int::high(both[c]);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) dots[r][c] = Int::dot4(dots[r][c], weights[c], rows.four(r, kLoads + i));
-      }
-    }
-    ahead.fetch<4 * C * Vec::kLanes>();
-    const auto* scales = reinterpret_cast<const uint16_t*>(panel + kLoads * C * 4 * Vec::kLanes);
-    const uint16_t* minima = scales + C * Vec::kLanes;
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      const Vec::Reg scale = Int::load_half(scales + c * Vec::kLanes);
-      const Vec::Reg minimum = Int::load_half(minima + c * Vec::kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec::Reg dot = Vec::mul(Int::to_float(dots[r][c]), Vec::set(rows.scale(r)));
-        sums[r][c] = Vec::madd(minimum, Vec::set(rows.total(r)), Vec::madd(dot, scale, sums[r][c]));
-      }
-    }
-  }
-};
-
 /// One block of groups of one tile of rows against one panel.
 struct IntegerBlock {
   const std::byte* in;       // first row
@@ -151,19 +53,21 @@ struct IntegerBlock {
   bool add;                  // to what is in `out`
 };
 
-template <int R, int C>
-[[gnu::always_inline]] inline void begin_sums(const IntegerBlock& block, Vec::Reg (&sums)[R][C]) {
+/// A row beyond R repeats the last.
+template <int R, int P, int C>
+[[gnu::always_inline]] inline void begin_sums(const IntegerBlock& block, Vec::Reg (&sums)[P][C]) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < P; ++r) {
+    const float* const from = block.sums + (r < R ? r : R - 1) * C * Vec::kLanes;
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      sums[r][c] = block.begin == 0 ? Vec::set(0.0f) : Vec::load(block.sums + (r * C + c) * Vec::kLanes);
+      sums[r][c] = block.begin == 0 ? Vec::set(0.0f) : Vec::load(from + c * Vec::kLanes);
     }
   }
 }
 
-template <int R, int C>
-[[gnu::always_inline]] inline void end_sums(const IntegerBlock& block, Vec::Reg (&sums)[R][C]) {
+template <int R, int P, int C>
+[[gnu::always_inline]] inline void end_sums(const IntegerBlock& block, const Vec::Reg (&sums)[P][C]) {
   float* const out = block.out != nullptr ? block.out : block.sums;
   const int64_t stride = block.out != nullptr ? block.out_stride : C * Vec::kLanes;
   const bool add = block.out != nullptr && block.add;
@@ -180,8 +84,9 @@ template <int R, int C>
 /// sums [R][W] += R rows times the block of the panel; from zero at the first group.
 template <class Format, int R, int C>
 void integer_micro(const IntegerBlock& block) {
-  Vec::Reg sums[R][C];
-  begin_sums(block, sums);
+  Vec::Reg sums[padded<Format>(R)][C];
+  begin_sums<R>(block, sums);
+  Format::to_tiles(sums);
   RowGroup<R> rows = {block.in + block.begin * kQuantGroup, block.in + block.record.scales + 4 * block.begin,
                       block.in + block.record.offsets + 4 * block.begin,
                       block.in + block.record.totals + 4 * block.begin, block.stride};
@@ -195,7 +100,8 @@ void integer_micro(const IntegerBlock& block) {
     rows.advance();
     panel += kGroupBytes;
   }
-  end_sums(block, sums);
+  Format::from_tiles(sums);
+  end_sums<R>(block, sums);
 }
 
 template <class Format, int R, int C>
@@ -232,9 +138,9 @@ void integer_multiply(const GemmTask& task) {
       block.panel = panel + int64_t{block.begin} * kGroupBytes;
       block.groups = all - block.begin < block_groups ? all - block.begin : block_groups;
       const bool last = block.begin + block.groups == all;
-      for (int32_t tile = 0; tile < tiles; ++tile) {  // of equal size, give or take a row
-        const auto row = static_cast<int32_t>(int64_t{tile} * task.rows / tiles);
-        const int32_t rows = static_cast<int32_t>(int64_t{tile + 1} * task.rows / tiles) - row;
+      for (int32_t tile = 0; tile < tiles; ++tile) {
+        const int32_t row = tile_begin<Format>(tile, tiles, task.rows);
+        const int32_t rows = tile_begin<Format>(tile + 1, tiles, task.rows) - row;
         block.in = static_cast<const std::byte*>(task.in) + row * task.in_stride;
         block.sums = task.sums + (blocks > 1 ? row * W : 0);
         block.tile = tile;
@@ -287,6 +193,7 @@ template <class Format, int R, int C>
 GemmKernel integer_kernel(Isa isa, double (*peak)(int64_t rounds)) {
   return {.isa = isa,
           .width = C * Vec::kLanes,
+          .together = Format::kTogether,
           .row_tile = R,
           .multiply = integer_multiply<Format, R, C>,
           .widen = nullptr,

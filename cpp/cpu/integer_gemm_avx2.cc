@@ -39,6 +39,8 @@ struct Int : IntAvx2 {
 #include "cpu/gemm-inl.h"
 #include "cpu/integer_gemm-inl.h"
 
+#include "cpu/integer_dots-inl.h"
+
 constexpr int kRows = 2;
 constexpr int kRegisters = 2;  // columns of a panel: 4 sums, 4 of the group, 2 weights and their magnitudes
 

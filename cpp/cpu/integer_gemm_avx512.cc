@@ -39,6 +39,8 @@ struct Int : IntAvx512 {
 #include "cpu/gemm-inl.h"
 #include "cpu/integer_gemm-inl.h"
 
+#include "cpu/integer_dots-inl.h"
+
 constexpr int kRows = 4;
 constexpr int kRegisters = 2;  // columns of a panel: 8 sums, 8 of the group, 2 weights and what they become
 

@@ -24,6 +24,8 @@ struct Int : IntAvx512 {
 #include "cpu/gemm-inl.h"
 #include "cpu/integer_gemm-inl.h"
 
+#include "cpu/integer_dots-inl.h"
+
 constexpr int kRows = 4;
 constexpr int kRegisters =
     3;  // columns of a panel: 12 sums, 12 of the group, 3 weights and 1 broadcast of 32 registers

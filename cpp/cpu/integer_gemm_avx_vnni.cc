@@ -24,6 +24,8 @@ struct Int : IntAvx2 {
 #include "cpu/gemm-inl.h"
 #include "cpu/integer_gemm-inl.h"
 
+#include "cpu/integer_dots-inl.h"
+
 constexpr int kRows = 3;
 constexpr int kRegisters = 2;  // columns of a panel: 6 sums, 6 of the group, 2 weights and 1 broadcast of 16 registers
 

@@ -136,6 +136,7 @@ double peak(int64_t rounds) {
 template <class Format>
 GemmKernel kernel() {
   return {.width = kWidth,
+          .together = 4,
           .row_tile = 1,
           .multiply = multiply<Format>,
           .widen = nullptr,

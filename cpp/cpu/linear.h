@@ -48,7 +48,7 @@ class LinearOps {
   };
   struct Work;
 
-  PackedLayout layout(const LinearShape& shape) const { return {shape, dtype_, kernel(shape.format).width}; }
+  PackedLayout layout(const LinearShape& shape) const { return {shape, dtype_, kernel(shape.format)}; }
   int64_t thread_bytes() const;
   void prepare_row(const Work& work, const std::byte* in, std::byte* out) const;
   void prepare_rows(Work& work);

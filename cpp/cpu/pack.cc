@@ -22,11 +22,25 @@ struct ToF32 {
   static constexpr int32_t kTogether = 1;
   static float element(float value) { return value; }
 };
+template <int32_t Together>
 struct ToBf16 {
   using Element = uint16_t;
-  static constexpr int32_t kTogether = 2;
+  static constexpr int32_t kTogether = Together;
   static uint16_t element(float value) { return float_to_bf16(value); }
 };
+
+/// Calls `function` with the one for dense weights of the layout.
+template <class Function>
+void with_target(DType dtype, const PackedLayout& layout, Function&& function) {
+  if (dtype == DType::kF32) {
+    function(ToF32{});
+  } else if (layout.together() == 2) {
+    function(ToBf16<2>{});
+  } else {
+    SPLITFUSE_ASSERT(layout.together() == 4);
+    function(ToBf16<4>{});
+  }
+}
 
 /// The part of one panel that `weight`'s rows [begin, end) fill; they become rows `row` + begin and on of the linear.
 /// Row by row would touch a cache line for each element; so the panel is written once, from front to back.
@@ -97,7 +111,7 @@ void pack_integers(const Linear& linear, const PackedLayout& layout, Rows which,
       integers.set(weight, r);
       if (integers.overflows()) overflows = true;
       const int32_t column = layout.column(which, row + r) % layout.width();
-      place_channel(integers, linear.format, linear.k, column, layout.width(), panel);
+      place_channel(integers, linear.format, linear.k, column, layout, panel);
     }
   });
   if (overflows) {
@@ -119,13 +133,14 @@ void check_rows(const Linear& linear, Rows which, int32_t row, const TensorView&
 
 }  // namespace
 
-PackedLayout::PackedLayout(const LinearShape& shape, DType dtype, int32_t width) : width_(width), gated_(shape.gated) {
+PackedLayout::PackedLayout(const LinearShape& shape, DType dtype, const GemmKernel& kernel)
+    : width_(kernel.width), together_(kernel.together), gated_(shape.gated) {
   const int32_t columns = shape.gated ? 2 * round_up(shape.n, kGateGroup) : shape.n;
-  panels_ = ceil_div(columns, width);
+  panels_ = ceil_div(columns, width_);
   panel_bytes_ = shape.format != WeightFormat::kDense
-                     ? integer_panel_bytes(shape.format, shape.k, width)
-                     : (dtype == DType::kBF16 ? round_up(shape.k, 2) : shape.k) * int64_t{width} * dtype_size(dtype);
-  const int64_t bias_bytes = shape.bias ? int64_t{panels_} * width * int64_t{sizeof(float)} : 0;
+                     ? integer_panel_bytes(shape.format, shape.k, width_)
+                     : round_up(shape.k, together_) * int64_t{width_} * dtype_size(dtype);
+  const int64_t bias_bytes = shape.bias ? int64_t{panels_} * width_ * int64_t{sizeof(float)} : 0;
   bytes_ = round_up<int64_t>(bias_offset() + bias_bytes, 64);
 }
 
@@ -135,14 +150,13 @@ void pack_weight(const Linear& linear, const PackedLayout& layout, DType dtype, 
   if (weight.shape[0] == 0) return;
   if (linear.format != WeightFormat::kDense) return pack_integers(linear, layout, which, row, weight, pool);
   if (weight.format != WeightFormat::kDense) {
-    dtype == DType::kBF16 ? pack_floats_of<ToBf16>(linear, layout, which, row, weight, pool)
-                          : pack_floats_of<ToF32>(linear, layout, which, row, weight, pool);
+    with_target(dtype, layout,
+                [&](auto to) { pack_floats_of<decltype(to)>(linear, layout, which, row, weight, pool); });
     return;
   }
   with_source(weight.dtype, [&](auto from) {
-    using From = decltype(from);
-    dtype == DType::kBF16 ? pack_panels<From, ToBf16>(linear, layout, which, row, weight, pool)
-                          : pack_panels<From, ToF32>(linear, layout, which, row, weight, pool);
+    with_target(dtype, layout,
+                [&](auto to) { pack_panels<decltype(from), decltype(to)>(linear, layout, which, row, weight, pool); });
   });
 }
 
@@ -171,17 +185,15 @@ void unpack_row(const Linear& linear, const PackedLayout& layout, DType dtype, i
   const std::byte* panel = linear.data + row / layout.width() * layout.panel_bytes();
   const int32_t column = row % layout.width();
   if (linear.format != WeightFormat::kDense) {
-    return dequantize_channel(panel, linear.format, linear.k, column, layout.width(), out);
+    return dequantize_channel(panel, linear.format, linear.k, column, layout, out);
   }
   if (dtype == DType::kF32) {
-    const float* from = reinterpret_cast<const float*>(panel) + column;
-    for (int32_t k = 0; k < linear.k; ++k) out[k] = from[int64_t{k} * layout.width()];
+    const auto* from = reinterpret_cast<const float*>(panel);
+    for (int32_t k = 0; k < linear.k; ++k) out[k] = from[layout.place(k, column)];
     return;
   }
-  const uint16_t* from = reinterpret_cast<const uint16_t*>(panel) + int64_t{column} * 2;
-  for (int32_t k = 0; k < linear.k; ++k) {
-    out[k] = bf16_to_float(from[int64_t{k / 2} * 2 * layout.width() + k % 2]);
-  }
+  const auto* from = reinterpret_cast<const uint16_t*>(panel);
+  for (int32_t k = 0; k < linear.k; ++k) out[k] = bf16_to_float(from[layout.place(k, column)]);
 }
 
 }  // namespace splitfuse

@@ -16,10 +16,16 @@ namespace splitfuse {
 /// kDense weights.
 class PackedLayout {
  public:
-  /// `width`: columns of a panel, a multiple of 2 kGateGroup.
-  PackedLayout(const LinearShape& shape, DType dtype, int32_t width);
+  /// For panels as `kernel` reads them, whose width is a multiple of 2 kGateGroup.
+  PackedLayout(const LinearShape& shape, DType dtype, const GemmKernel& kernel);
 
   int32_t width() const { return width_; }
+  int32_t together() const { return together_; }
+  /// Where weight k of a column lies in its panel, or in its group of one where weights are integers, in elements.
+  int64_t place(int32_t k, int32_t column) const {
+    const int32_t within = k & (together_ - 1);
+    return int64_t{k - within} * width_ + column * together_ + within;
+  }
   int32_t panels() const { return panels_; }
   int64_t panel_bytes() const { return panel_bytes_; }
   int64_t bias_offset() const { return panels_ * panel_bytes_; }
@@ -34,6 +40,7 @@ class PackedLayout {
 
  private:
   int32_t width_;
+  int32_t together_;
   bool gated_;
   int32_t panels_;
   int64_t panel_bytes_;

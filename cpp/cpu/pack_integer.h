@@ -6,16 +6,17 @@
 
 #include "backend/backend.h"
 #include "base/integer_rows.h"
+#include "cpu/pack.h"
 
 namespace splitfuse {
 
 int64_t integer_panel_bytes(WeightFormat format, int32_t depth, int32_t width);
 
 /// Lays a row of `depth` weights, in `format`, into a column of the panel.
-void place_channel(const IntegerRow& row, WeightFormat format, int32_t depth, int32_t column, int32_t width,
-                   std::byte* panel);
+void place_channel(const IntegerRow& row, WeightFormat format, int32_t depth, int32_t column,
+                   const PackedLayout& layout, std::byte* panel);
 /// What a column stands for, as f32 [depth].
-void dequantize_channel(const std::byte* panel, WeightFormat format, int32_t depth, int32_t column, int32_t width,
-                        float* out);
+void dequantize_channel(const std::byte* panel, WeightFormat format, int32_t depth, int32_t column,
+                        const PackedLayout& layout, float* out);
 
 }  // namespace splitfuse
