@@ -36,7 +36,7 @@ CPP_EXCEPTIONS = {
     "python/bindings/testing.cc": {"base", "backend", "host", "cpu", "model"},
     "python/bindings/testing_engine.cc": {"base", "backend", "host", "model", "engine"},
 }
-ISAS = r"(avx2|avx_vnni|avx512|avx512_vnni|avx512_bf16|neon|neon_bf16)"
+ISAS = r"(avx2|avx_vnni|avx512|avx512_vnni|avx512_bf16|neon|neon_bf16|neon_i8mm)"
 INTRINSICS = re.compile(rf"_{ISAS}(-inl)?\.(cc|h)$")  # files of one instruction set
 POSIX = re.compile(r"(sys/\w+|linux/\w+|cpuid|fcntl|pthread|sched|unistd)\.h")
 BACKEND_FACTORY = re.compile(r"\bmake_(cpu|cuda)_backend\b")

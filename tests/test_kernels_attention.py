@@ -15,7 +15,7 @@ from splitfuse import _core
 pytestmark = pytest.mark.machine_independent  # each test names its instruction set
 
 ISAS = _core.cpu_isas()
-PAIRWISE = ("avx512_bf16", "neon_bf16")  # pairs of bfloat16 are multiplied by one instruction
+PAIRWISE = ("avx512_bf16", "neon_bf16", "neon_i8mm")  # pairs of bfloat16 are multiplied by one instruction
 
 
 @dataclass(frozen=True)

@@ -114,5 +114,6 @@ void add_integer_gemm_avx_vnni(GemmTable& table);
 void add_integer_gemm_avx512(GemmTable& table);
 void add_integer_gemm_avx512_vnni(GemmTable& table);
 void add_integer_gemm_neon(GemmTable& table);
+void add_integer_gemm_neon_i8mm(GemmTable& table);
 
 }  // namespace splitfuse

@@ -17,8 +17,8 @@
 namespace splitfuse {
 namespace {
 
-constexpr std::array kLadder = {Isa::kRef,        Isa::kAvx2,       Isa::kAvxVnni, Isa::kAvx512,
-                                Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kNeon,    Isa::kNeonBf16};
+constexpr std::array kLadder = {Isa::kRef,        Isa::kAvx2, Isa::kAvxVnni,  Isa::kAvx512,  Isa::kAvx512Vnni,
+                                Isa::kAvx512Bf16, Isa::kNeon, Isa::kNeonBf16, Isa::kNeonI8mm};
 constexpr const char* kOverride = "SPLITFUSE_CPU_ISA";
 
 #if defined(__x86_64__)
@@ -70,6 +70,8 @@ const char* isa_name(Isa isa) {
       return "neon";
     case Isa::kNeonBf16:
       return "neon_bf16";
+    case Isa::kNeonI8mm:
+      return "neon_i8mm";
   }
   return "?";
 }
@@ -99,8 +101,10 @@ bool isa_available(Isa isa) {
   }
 #elif defined(__aarch64__)
   const bool neon = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;   // its dot products; the rest every one has
-  const bool bf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
-  return isa == Isa::kRef || (isa == Isa::kNeon && neon) || (isa == Isa::kNeonBf16 && neon && bf16);
+  const bool bf16 = neon && (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+  const bool i8mm = bf16 && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
+  return isa == Isa::kRef || (isa == Isa::kNeon && neon) || (isa == Isa::kNeonBf16 && bf16) ||
+         (isa == Isa::kNeonI8mm && i8mm);
 #else
   return isa == Isa::kRef;
 #endif

@@ -10,9 +10,10 @@ namespace splitfuse {
 /// replaces the entries it improves. Not so kAvxVnni, which a processor with AVX-512 may lack: its entries are its own
 /// alone. There are two ladders above kRef, and a machine can run rungs of one. A place kept for a later rung: AMX
 /// after kAvx512Bf16.
-enum class Isa : uint8_t { kRef, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kNeon, kNeonBf16 };
+enum class Isa : uint8_t { kRef, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kNeon, kNeonBf16, kNeonI8mm };
 
-/// "ref"; "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16"; "neon" (with dot products), "neon_bf16".
+/// "ref"; "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16"; "neon" (with dot products), "neon_bf16",
+/// "neon_i8mm".
 const char* isa_name(Isa isa);
 
 /// True if this processor and its operating system can run the rung.

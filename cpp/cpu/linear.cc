@@ -36,6 +36,7 @@ GemmTable gemm_table(Isa isa) {
   if (isa >= Isa::kNeon) add_gemm_neon(table);
   if (isa >= Isa::kNeon) add_integer_gemm_neon(table);
   if (isa >= Isa::kNeonBf16) add_gemm_neon_bf16(table);
+  if (isa >= Isa::kNeonI8mm) add_integer_gemm_neon_i8mm(table);
 #else
   (void)isa;
 #endif
