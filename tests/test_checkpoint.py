@@ -72,7 +72,7 @@ def test_reads_what_the_package_wrote(tmp_path, seed):
     save_file(tensors, file, metadata)
 
     listed, found_metadata = _core.read_safetensors_header(str(file))
-    assert {name: (dtype, shape) for name, dtype, shape in listed} == {
+    assert {name: (dtype, shape) for name, dtype, shape, _ in listed} == {
         name: (WORDS[tensor.dtype], list(tensor.shape)) for name, tensor in tensors.items()
     }
     assert found_metadata == (metadata or {})
@@ -86,7 +86,7 @@ def test_reads_what_the_package_wrote(tmp_path, seed):
 @pytest.mark.parametrize("to", DTYPES)
 @pytest.mark.parametrize("source", DTYPES)
 def test_the_package_reads_what_is_written(tmp_path, source, to):
-    config = small_config(attention_bias=True, mlp_bias=True)
+    config = small_config(qkv_bias=True, o_bias=True, mlp_bias=True)
     tensors = random_weights(config, DTYPES[source])
     file = tmp_path / "out.safetensors"
     seen = []
@@ -199,10 +199,10 @@ def test_accepts_no_file_that_the_package_refuses(tmp_path):
             refused += 1
             continue
         accepted += 1
-        if not {word for _, word, _ in listed} <= {"F32", "BF16"}:
+        if not {word for _, word, _, _ in listed} <= {"F32", "BF16"}:
             continue  # a word that the format may have tomorrow is no fault where the tensor isn't wanted
         with safe_open(file, "pt") as opened:
-            assert sorted(opened.keys()) == sorted(name for name, _, _ in listed)
+            assert sorted(opened.keys()) == sorted(name for name, *_ in listed)
     assert accepted > 50
     assert refused > 1000
 
@@ -222,7 +222,7 @@ def test_accepts_every_header_that_the_package_accepts(tmp_path):
         file.write_bytes(struct.pack("<Q", len(raw)) + raw + b"\0\0\0\0")
         with safe_open(file, "np") as opened:
             names = sorted(opened.keys())
-        assert sorted(name for name, _, _ in _core.read_safetensors_header(str(file))[0]) == names
+        assert sorted(name for name, *_ in _core.read_safetensors_header(str(file))[0]) == names
 
 
 ENTRY = '"{}": {{"dtype": "U8", "shape": [{}], "data_offsets": [{}, {}]}}'
@@ -257,17 +257,30 @@ def test_both_refuse(tmp_path, header):
 def test_a_configuration_says_the_same_in_json():
     rng = np.random.default_rng(3)
     for _ in range(500):
-        eps, theta, factor = np.exp(rng.uniform(-40, 40, 3)).astype(np.float32).tolist()
-        rope = _core.RopeConfig(scaling="linear", theta=theta, factor=factor)
-        config = small_config(norm_eps=eps, rope=rope)
+        eps, low, magnitude = np.exp(rng.uniform(-40, 40, 3)).astype(np.float32).tolist()
+        rope = _core.RopeConfig(inv_freq=[1.0, low], magnitude=magnitude)
+        config = small_config(norm_eps=eps, ropes=[rope])
         values = json.loads(config.to_json())
-        assert (values["norm_eps"], values["rope"]["theta"], values["rope"]["factor"]) == (eps, theta, factor)
+        assert (values["norm_eps"], values["ropes"][0]["inv_freq"]) == (eps, [1.0, low])
+        assert values["ropes"][0]["magnitude"] == magnitude
         assert _core.ModelConfig.from_json(config.to_json()).to_json() == config.to_json()
-    with pytest.raises(_core.ConfigError, match=r"unknown field \"rope\.beta\""):
-        _core.ModelConfig.from_json(json.dumps({**values, "rope": {**values["rope"], "beta": 1}}))
+    with pytest.raises(_core.ConfigError, match=r"unknown field \"ropes\[0\]\.beta\""):
+        _core.ModelConfig.from_json(json.dumps({**values, "ropes": [{**values["ropes"][0], "beta": 1}]}))
+    moe = {key: value for key, value in values["moe"].items() if key != "top_k"}
+    with pytest.raises(_core.ConfigError, match=r"field moe\.top_k is missing"):
+        _core.ModelConfig.from_json(json.dumps({**values, "moe": moe}))
     del values["head_dim"]
     with pytest.raises(_core.ConfigError, match="field head_dim is missing"):
         _core.ModelConfig.from_json(json.dumps(values))
+
+
+def test_a_word_that_is_unknown_is_refused_with_its_field():
+    with pytest.raises(
+        _core.ConfigError, match='norm_place: "after" is unknown here; expected "pre", "post"'
+    ):
+        small_config(norm_place="after")
+    with pytest.raises(_core.ConfigError, match="scoring: "):
+        _core.MoeConfig(scoring="argmax")
 
 
 LOAD = """

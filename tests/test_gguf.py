@@ -166,7 +166,8 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0,
 
 
 @pytest.mark.parametrize(("factor", "original"), [(8.0, 8192), (32.0, 8192), (4.0, 64)])
-def test_llama3_rope_is_found_again_from_its_frequency_table(tiny_llama, tmp_path, factor, original):
+def test_a_frequency_table_divides(tiny_llama, tmp_path, factor, original):
+    """As llama.cpp's converter makes it of Llama 3.1's rule."""
     import torch
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -176,31 +177,40 @@ def test_llama3_rope_is_found_again_from_its_frequency_table(tiny_llama, tmp_pat
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig.from_pretrained(source), torch.device("cpu"))
     plain = 1.0 / 500000.0 ** (np.arange(0, 64, 2) / 64)
     table = {"rope_freqs.weight": (plain / scaled.numpy()).astype(np.float32)}
-    found = loader.load(write_gguf(tmp_path / "model.gguf", source, tensors=table)).config.rope
-    assert (found.scaling, found.theta, found.factor) == ("llama3", 500000.0, pytest.approx(factor, rel=1e-6))
-    assert (found.low_freq_factor, found.high_freq_factor, found.original_max_position) == (
-        1.0,
-        4.0,
-        original,
-    )
+    [found] = loader.load(write_gguf(tmp_path / "model.gguf", source, tensors=table)).config.ropes
+    np.testing.assert_allclose(found.inv_freq, scaled, rtol=1e-6)
 
 
-def test_a_frequency_table_of_another_kind_is_refused(tiny_llama, tmp_path):
-    table = {"rope_freqs.weight": np.linspace(1, 8, 12, dtype=np.float32)}
-    with pytest.raises(ConfigError, match=r"rope_freqs\.weight"):
-        loader.load(write_gguf(tmp_path / "model.gguf", tiny_llama(), tensors=table))
+@pytest.mark.parametrize(
+    "table", [np.ones(11), np.ones(24), np.full(12, -1.0), np.full(12, np.inf), np.full(12, np.nan)]
+)
+def test_a_frequency_table_that_cannot_divide_is_refused(tiny_llama, tmp_path, table):
+    tensors = {"rope_freqs.weight": table.astype(np.float32)}
+    with pytest.raises(ConfigError, match=r"rope_freqs\.weight does not hold 12 numbers above 0"):
+        loader.load(write_gguf(tmp_path / "model.gguf", tiny_llama(), tensors=tensors))
 
 
-def test_linear_rope_scaling(tiny_llama, tmp_path):
-    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.5}
-    rope = loader.load(write_gguf(tmp_path / "model.gguf", tiny_llama(), metadata=scaling)).config.rope
-    assert (rope.scaling, rope.factor) == ("linear", 2.5)
+@pytest.mark.parametrize(
+    ("scaling", "divisor"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 2.5}, 2.5),
+        ({"scaling.factor": 2.5}, 2.5),
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scaling.type": "none", "scaling.factor": 2.5}, 1.0),
+    ],
+)
+def test_linear_rope_scaling(tiny_llama, tmp_path, scaling, divisor):
+    metadata = {f"llama.rope.{key}": value for key, value in scaling.items()}
+    [rope] = loader.load(write_gguf(tmp_path / "model.gguf", tiny_llama(), metadata=metadata)).config.ropes
+    np.testing.assert_allclose(rope.inv_freq, 10000.0 ** (-np.arange(0, 24, 2) / 24) / divisor, rtol=3e-7)
 
 
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
         ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ({"llama.rope.scaling.factor": 0.0}, r"llama\.rope\.scaling\.factor is 0"),
+        ({"llama.rope.freq_base": 0.0}, "model.gguf: RoPE theta is 0"),
         ({"llama.expert_count": 8}, "llama.expert_count"),
         ({"llama.rope.dimension_count": 12}, "llama.rope.dimension_count"),
         ({"llama.attention.value_length": 8}, "llama.attention.value_length"),

@@ -3,6 +3,9 @@
 `Ops` poisons every output with NaN and fails if anything beyond the last column was written.
 """
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -49,8 +52,38 @@ def bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return 4 * np.sqrt(k + 2) * ULP * (np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T) + 1e-30
 
 
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
+# ---- Activations in float64
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return x / 2 * np.vectorize(math.erfc, otypes=[float])(-x / np.sqrt(2))
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "none": lambda x: x,
+    "silu": lambda x: x * sigmoid(x),
+    "gelu": gelu,
+    "gelu_tanh": lambda x: x * sigmoid(2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)),
+    "relu": lambda x: np.maximum(x, 0),
+}
+GATED = [*ACTIVATIONS, "swiglu_clamped"]
+
+
+def halves(activation: str, gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a gated linear multiplies."""
+    if activation != "swiglu_clamped":
+        return ACTIVATIONS[activation](gate), up
+    gate = np.minimum(gate, 7)
+    return gate * sigmoid(1.702 * gate), np.clip(up, -7, 7) + 1
+
+
+def act_error(dtype: str, activation: str, truth: np.ndarray) -> np.ndarray:
+    return np.abs(truth) * (40 * ULP + (HALF_BF16 if dtype == "bfloat16" else 0)) + 1e-30
 
 
 # Rows, n, k: around the tile of every kernel, odd everywhere, several blocks of rows, of k, of both.
@@ -111,7 +144,7 @@ def test_random_numbers_are_close_to_the_truth_and_to_the_scalar_kernel(dtype, i
 @every_kernel
 @every_shape
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
-def test_gated(dtype, isa, shape, biased):
+def test_activated_and_gated(dtype, isa, shape, biased):
     m, n, k = shape
     rng = np.random.default_rng(m + n * 61 + k * 13)
     x = normal(rng, dtype, m, k)
@@ -119,29 +152,49 @@ def test_gated(dtype, isa, shape, biased):
     gb, ub = (normal(rng, "float32", n) for _ in range(2)) if biased else (None, None)
     gate = x.astype(np.float64) @ g.astype(np.float64).T + (0 if gb is None else gb)
     up = x.astype(np.float64) @ u.astype(np.float64).T + (0 if ub is None else ub)
-    truth = silu(gate) * up
     gate_error = bound(x, g) + 2 * ULP * np.abs(gate)
     up_error = bound(x, u) + 2 * ULP * np.abs(up)
-    error = 1.1 * gate_error * np.abs(up) + up_error * np.abs(silu(gate)) + 1.1 * gate_error * up_error
-    error += np.abs(truth) * (16 * ULP + (HALF_BF16 if dtype == "bfloat16" else 0)) + 1e-30
-    out = ops(dtype, isa).linear_gated(g, u, gb, ub, x)
-    assert (np.abs(out - truth) <= error * 1.01).all()
+    run = ops(dtype, isa)
+    for name in ["silu", str(rng.choice(GATED))]:
+        left, right = halves(name, gate, up)
+        error = 1.15 * gate_error * np.abs(right) + up_error * np.abs(left) + 1.15 * gate_error * up_error
+        error += act_error(dtype, name, left * right)
+        out = run.linear_gated(g, u, gb, ub, x, name)
+        assert (np.abs(out - left * right) <= error * 1.01).all(), name
+    name = str(rng.choice(list(ACTIVATIONS)))
+    truth = ACTIVATIONS[name](gate)
+    error = 1.15 * gate_error + act_error(dtype, name, truth)
+    assert (np.abs(run.linear_act(g, gb, x, name) - truth) <= error * 1.01).all(), name
 
 
 @every_kernel
-def test_silu_over_all_of_its_range(dtype, isa):
-    values = np.concatenate([np.linspace(-110, 110, 4001), np.geomspace(1e-30, 1e30, 601)])
+@pytest.mark.parametrize("activation", GATED)
+def test_activations_over_all_of_their_range(dtype, isa, activation):
+    values = np.concatenate(
+        [np.linspace(-110, 110, 4001), np.linspace(-16, 16, 8001), np.geomspace(1e-30, 1e30, 601)]
+    )
     x = rounded(values, dtype)[:, None]
     one = np.ones((1, 1), np.float32)
-    out = ops(dtype, isa).linear_gated(one, one, None, None, x)[:, 0]
-    x = x[:, 0].astype(np.float64)
+    run = ops(dtype, isa)
+    outs = [run.linear_gated(one, one, None, None, x, activation)[:, 0]]
+    wide = x[:, 0].astype(np.float64)
     with np.errstate(over="ignore"):
-        truth = silu(x) * x
-    finite = np.abs(truth) < 3e38
-    # Where e^-x is beyond float32 the result is a zero; the truth there is below the smallest normal number.
-    tolerance = 12 * ULP if dtype == "float32" else HALF_BF16 + 12 * ULP
-    assert (np.abs(out - truth)[finite] <= np.abs(truth)[finite] * tolerance + 1e-34).all()
-    assert np.isposinf(out[~finite]).all()
+        left, right = halves(activation, wide, wide)
+        truths = [left * right]
+        if activation in ACTIVATIONS:
+            outs.append(run.linear_act(one, None, x, activation)[:, 0])
+            truths.append(left)
+    # An exponent that is rounded before e is raised to it loses what it is large.
+    rounding = {
+        "gelu_tanh": 6 * np.abs(wide + 0.044715 * wide**3),
+        "swiglu_clamped": 4 * np.abs(np.minimum(wide, 7)),
+    }
+    tolerance = (12 + rounding.get(activation, 0 * wide)) * ULP + (0 if dtype == "float32" else HALF_BF16)
+    for out, truth in zip(outs, truths, strict=True):
+        finite = np.abs(truth) < 3e38
+        # Where e^-x is beyond float32 the result is a zero; the truth there is below the smallest normal number.
+        assert (np.abs(out - truth)[finite] <= (np.abs(truth) * tolerance)[finite] + 1e-34).all()
+        assert np.isposinf(out[~finite]).all()
 
 
 @every_kernel
@@ -151,13 +204,15 @@ def test_not_a_number_and_infinity_stay_in_their_row_and_column(dtype, isa):
     x, w, u = whole(rng, m, k), whole(rng, n, k), whole(rng, n, k)
     run = ops(dtype, isa)
     clean = run.linear(w, None, x)
-    clean_gated = run.linear_gated(w / 64, u, None, None, x)
+    gated = {name: run.linear_gated(w / 64, u, None, None, x, name) for name in GATED}
+    plain = {name: run.linear_act(w / 64, None, x, name) for name in ACTIVATIONS}
 
     bad = x.copy()
     bad[4, k - 1] = np.nan
     for out, before in [
         (run.linear(w, None, bad), clean),
-        (run.linear_gated(w / 64, u, None, None, bad), clean_gated),
+        *((run.linear_gated(w / 64, u, None, None, bad, name), gated[name]) for name in gated),
+        *((run.linear_act(w / 64, None, bad, name), plain[name]) for name in plain),
         (run.linear_add(w, None, bad, np.zeros((m, n), np.float32)), clean),
     ]:
         assert np.isnan(out[4]).all()
@@ -186,7 +241,8 @@ def test_a_row_has_the_same_bits_in_any_company(dtype, isa, size):
         return (
             run.linear(w, b, x[rows]),
             run.linear_add(w, None, x[rows], acc[rows]),
-            run.linear_gated(w / 16, u, b, b, x[rows]),
+            *(run.linear_gated(w / 16, u, b, b, x[rows], name) for name in GATED),
+            *(run.linear_act(w / 16, b, x[rows], name) for name in ACTIVATIONS),
         )
 
     everything = np.arange(m)
@@ -242,6 +298,12 @@ def test_embed_gives_the_rounded_rows(dtype, isa, k):
     ids = [100, 0, 3, 4, 47, 48, 49, 15, 16, 3]
     out = ops(dtype, isa).embed(table, ids)
     assert np.array_equal(out, rounded(table[ids], dtype), equal_nan=True)
+    scaled = ops(dtype, isa).embed(table, ids, 11.3)
+    assert np.array_equal(scaled, out * np.float32(11.3), equal_nan=True)
+    x = rng.standard_normal((10, k)).astype(np.float32)
+    positions = [98, 0, 1, 2, 45, 46, 47, 13, 14, 1]
+    added = ops(dtype, isa).embed_positions(table, positions, 2, x)
+    assert np.array_equal(added, x + rounded(table[np.array(positions) + 2], dtype), equal_nan=True)
 
 
 @every_kernel

@@ -173,7 +173,7 @@ def test_sums_are_those_of_the_integers(format, dtype, isa, shape):
 
 @every_kernel
 @every_shape
-def test_gated(format, dtype, isa, shape):
+def test_gated_and_activated(format, dtype, isa, shape):
     m, n, k = shape
     rng = np.random.default_rng(m + n * 61 + k * 13)
     x = normal(rng, dtype, m, k)
@@ -182,12 +182,33 @@ def test_gated(format, dtype, isa, shape):
     run = ops(format, dtype, isa)
     rows, gate_weights, up_weights = as_integers(x), weights_of(run, g), weights_of(run, u)
     gate, up = rows @ gate_weights.T + gb, rows @ up_weights.T + ub
-    truth = silu(gate) * up
     gate_error = bound(rows, gate_weights) + 4 * ULP * np.abs(gate)
     up_error = bound(rows, up_weights) + 4 * ULP * np.abs(up)
-    error = 1.1 * gate_error * np.abs(up) + up_error * np.abs(silu(gate)) + 1.1 * gate_error * up_error
-    error += np.abs(truth) * (16 * ULP + (HALF_BF16 if dtype == "bfloat16" else 0)) + 1e-30
-    assert (np.abs(run.linear_gated(g, u, gb, ub, x) - truth) <= error * 1.01).all()
+    clipped = np.minimum(gate, 7)
+    for name, left, right in [
+        ("silu", silu(gate), up),
+        ("relu", np.maximum(gate, 0), up),
+        ("swiglu_clamped", silu(1.702 * clipped) / 1.702, np.clip(up, -7, 7) + 1),
+    ]:
+        error = 1.15 * gate_error * np.abs(right) + up_error * np.abs(left) + 1.15 * gate_error * up_error
+        error += np.abs(left * right) * (40 * ULP + (HALF_BF16 if dtype == "bfloat16" else 0)) + 1e-30
+        out = run.linear_gated(g, u, gb, ub, x, name)
+        assert (np.abs(out - left * right) <= error * 1.01).all(), name
+    for name, truth in [("none", gate), ("silu", silu(gate)), ("relu", np.maximum(gate, 0))]:
+        error = (
+            1.15 * gate_error + np.abs(truth) * (40 * ULP + (HALF_BF16 if dtype == "bfloat16" else 0)) + 1e-30
+        )
+        assert (np.abs(run.linear_act(g, gb, x, name) - truth) <= error).all(), name
+
+
+@every_kernel
+def test_rows_of_the_table_of_positions(format, dtype, isa):
+    rng = np.random.default_rng(8)
+    table, x = normal(rng, "float32", 50, 583), normal(rng, "float32", 3, 583)
+    run = ops(format, dtype, isa)
+    rows = run.embed(table, [2, 49, 17])
+    assert np.array_equal(run.embed(table, [2, 49, 17], 3.7), rows * np.float32(3.7))
+    assert np.array_equal(run.embed_positions(table, [0, 47, 15], 2, x), x + rows)
 
 
 @every_kernel
@@ -198,12 +219,15 @@ def test_a_row_has_the_same_bits_in_any_company(format, dtype, isa, size):
     x, w, u = normal(rng, dtype, m, k), normal(rng, "float32", n, k), normal(rng, "float32", n, k)
     whole = ops(format, dtype, isa, 1).linear(w, None, x)
     gated = ops(format, dtype, isa, 1).linear_gated(w / 64, u, None, None, x)
+    act = ops(format, dtype, isa, 1).linear_act(w / 64, None, x, "gelu")
     for threads in (1, 2, 5):
         run = ops(format, dtype, isa, threads)
         for first, last in [(0, 1), (3, 5), (2, 9), (m - 1, m), (0, m)]:
             assert run.linear(w, None, x[first:last]).tobytes() == whole[first:last].tobytes()
             out = run.linear_gated(w / 64, u, None, None, x[first:last])
             assert out.tobytes() == gated[first:last].tobytes()
+            out = run.linear_act(w / 64, None, x[first:last], "gelu")
+            assert out.tobytes() == act[first:last].tobytes()
 
 
 @every_kernel

@@ -13,7 +13,7 @@ import pytest
 import splitfuse
 from splitfuse import LLM, CheckpointError, ConfigError, InvalidArgument, SamplingParams, StateError
 from splitfuse._sizes import parse_bytes
-from splitfuse.llm import engine_config
+from splitfuse.engine_setup import engine_config
 from splitfuse.policies import POLICIES
 
 SMALL = {"dtype": "float32", "kv_memory": "16MiB", "token_budget": 48, "max_sequences": 16, "verbose": False}

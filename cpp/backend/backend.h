@@ -1,5 +1,5 @@
-// The contract between the model and a device: eight compute operations at the fusion grain, and the
-// housekeeping around them. Pointers are to the device's memory. Operations run in call order.
+// The contract between the model and a device: compute operations at the fusion grain, eight of which make the layer of
+// most families, and the housekeeping around them. Pointers are to the device's memory. Operations run in call order.
 //
 // Promise of every operation: the value of an output row depends on that row's inputs (for attention: on
 // its sequence's keys and values up to its position) and on nothing else: not on the other rows, their
@@ -31,11 +31,12 @@ struct LinearShape {
   int32_t n = 0;
   int32_t k = 0;
   bool bias = false;
-  bool gated = false;   // holds two matrices [n, k], gate and up: linear_gated() combines them
+  bool gated = false;  // holds two matrices [n, k], gate and up, which linear_act() combines
   WeightFormat format = WeightFormat::kDense;
+  Activation activation = Activation::kNone;  // of linear_act()
 };
 struct Linear : LinearShape {
-  std::byte* data = nullptr;   // linear_bytes(shape) bytes, 64-byte aligned
+  std::byte* data = nullptr;  // linear_bytes(shape) bytes, 64-byte aligned
 };
 
 /// Which rows of a Linear a tensor fills.
@@ -55,37 +56,93 @@ struct KvShape {
 
 /// What stays the same over all steps of an engine.
 struct StepLimits {
-  int32_t max_rows = 0;      // rows of a ragged batch
+  int32_t max_rows = 0;  // rows of a ragged batch
   int32_t max_seqs = 0;
-  int32_t max_context = 0;   // positions of a sequence
-  int32_t max_logit_rows = 0;   // rows of one sample() call
+  int32_t max_context = 0;  // positions of a sequence
+  int32_t max_logit_rows = 0;  // rows of one sample() call
   int32_t vocab = 0;
-  int32_t integer_depth = 0;   // the largest k of a linear that is not kDense; 0: there is none
+  int32_t integer_depth = 0;  // the largest k of a linear that is not kDense; 0: there is none
+  int32_t experts = 0;  // of the largest experts() call, the shared one counted; 0: there is none
+  int32_t experts_per_row = 0;  // of them, that a row may have
+  int32_t expert_hidden = 0;  // width of the rows that go in and come out
+  int32_t expert_intermediate = 0;  // the widest
+};
+
+/// A norm over the columns of a row. No weight: x as it is.
+struct Norm {
+  const float* weight = nullptr;  // [columns]
+  const float* bias = nullptr;  // [columns], or none
+  int32_t columns = 0;
+  float eps = 0.0f;
+  NormKind kind = NormKind::kRms;
+};
+
+/// The attention of one layer.
+struct AttentionLayer {
+  int32_t window = 0;  // a row sees the last `window` positions up to its own; 0: all
+  int32_t rope = -1;  // index into AttentionShape::ropes; -1: no rotation
+  QkNorm qk_norm = QkNorm::kNone;
+  const float* q_norm = nullptr;  // [heads * head_dim]
+  const float* k_norm = nullptr;  // [kv_heads * head_dim]
+  const float* sinks = nullptr;  // [heads], or none: scores that take part in the softmax with nothing behind them
 };
 
 struct AttentionShape {
+  /// Half-split rotary embedding: dimension i pairs with i + inv_freq.size(); what lies behind them stays.
+  struct Rope {
+    std::vector<float> inv_freq;  // at most head_dim / 2
+    float magnitude = 1.0f;  // of cosines and sines
+  };
+
   KvShape kv;
-  int32_t heads = 0;               // a multiple of kv_heads
-  float scale = 1.0f;              // of query-key products
-  std::vector<float> inv_freq;     // [head_dim / 2], half-split rotary: dimension i pairs with i + head_dim / 2
+  int32_t heads = 0;  // a multiple of kv_heads
+  float scale = 1.0f;  // of query-key products
+  float softcap = 0.0f;  // scores s become softcap * tanh(s / softcap); 0: they don't
+  std::vector<float> alibi_slopes;  // [heads] or none: slope * (position of key - of query) is added to scores
+  std::vector<Rope> ropes;
+  NormKind qk_norm_kind = NormKind::kRms;
+  float qk_norm_eps = 0.0f;
+  std::vector<AttentionLayer> layers;  // [kv.layers]
+};
+
+/// How a row's experts follow from its router logits; as MoeConfig has it.
+struct Routing {
+  int32_t experts = 0;  // without the shared one
+  int32_t top_k = 0;
+  Scoring scoring = Scoring::kSoftmax;
+  bool normalize = false;
+  float scale = 1.0f;
+  int32_t groups = 1;
+  int32_t top_groups = 1;
+  const float* correction = nullptr;  // [experts], or none
+  bool shared = false;  // expert number `experts` is every row's
+  bool shared_gate = false;  // with the sigmoid of router logit `experts` as weight; else 1
+};
+
+/// A mixture of experts: a router [experts (+ 1), hidden] and an MLP for each expert, the shared one last.
+struct Experts {
+  Routing routing;
+  Linear router;
+  std::vector<Linear> in;  // [intermediate, hidden], with the activation
+  std::vector<Linear> out;  // [hidden, intermediate]
 };
 
 /// One row of logits to choose from. Spans are host memory.
 struct SampleRow {
   const SamplingParams* params = nullptr;
-  std::span<const Token> tokens;      // prompt and output so far; their number is the position to be chosen
-  int32_t prompt = 0;                 // how many of them are prompt
-  std::span<const Token> stop_ids;    // may not be chosen: output is shorter than min_tokens; empty otherwise
-  Token target = -1;                  // >= 0: choose nothing, report this token's log-probability
-  int32_t top = -1;                   // log-probabilities wanted: -1 none, 0 the token's, n the best n too
+  std::span<const Token> tokens;  // prompt and output so far; their number is the position to be chosen
+  int32_t prompt = 0;  // how many of them are prompt
+  std::span<const Token> stop_ids;  // may not be chosen: output is shorter than min_tokens; empty otherwise
+  Token target = -1;  // >= 0: choose nothing, report this token's log-probability
+  int32_t top = -1;  // log-probabilities wanted: -1 none, 0 the token's, n the best n too
 };
 
 struct SampleResult {
-  Token token = -1;                   // the choice (or target); -1 if the logits hold NaN or no finite value
+  Token token = -1;  // the choice (or target); -1 if the logits hold NaN or no finite value
   float logprob = 0.0f;
-  int32_t rank = 0;                   // among the logits as they came: 1 is the best; 0 unless asked for
+  int32_t rank = 0;  // among the logits as they came: 1 is the best; 0 unless asked for
   int32_t top_count = 0;
-  TokenLogprob top[kMaxLogprobs];     // best first, ties by lower id
+  TokenLogprob top[kMaxLogprobs];  // best first, ties by lower id
 };
 
 /// Memory of the device, zeroed, owned.
@@ -151,22 +208,34 @@ class Backend {
   // ---- One step
   /// Begins a step: takes the metadata, computes rotary angles of its positions, plans attention work.
   virtual void begin(const RaggedBatch& batch) = 0;
-  /// x [rows, k] f32 = the rows of `table` [n = vocab, k] that the batch's tokens name.
-  virtual void embed(const Linear& table, float* x) = 0;
-  /// out [rows, columns] = x / rms(x) * weight, row by row; `rows` given: of these rows of x alone, closed up.
-  virtual void rms_norm(const float* x, const float* weight, float eps, int32_t columns, std::span<const int32_t> rows,
-                        void* out) = 0;
+  /// x [rows, k] f32 = scale * the rows of `table` [n = vocab, k] that the batch's tokens name.
+  virtual void embed(const Linear& table, float scale, float* x) = 0;
+  /// x [rows, k] f32 += row `offset` + position of `table` [n, k], for each of the batch's positions.
+  virtual void embed_positions(const Linear& table, int32_t offset, float* x) = 0;
+  /// out [rows, columns], in the activations' format = norm(x) row by row; `rows` given: of these rows of x alone,
+  /// closed up.
+  virtual void norm(const Norm& norm, const float* x, std::span<const int32_t> rows, void* out) = 0;
+  /// x [rows, columns] f32 = norm(x).
+  virtual void norm_in_place(const Norm& norm, float* x) = 0;
+  /// x [rows, columns] f32 += scale * norm(y).
+  virtual void add(const Norm& norm, const float* y, float scale, float* x) = 0;
   /// out [rows, n] f32 = in [rows, k] W^T + bias.
   virtual void linear(const Linear& linear, const void* in, int32_t rows, float* out) = 0;
   /// x [rows, n] f32 += in [rows, k] W^T + bias.
   virtual void linear_add(const Linear& linear, const void* in, int32_t rows, float* x) = 0;
-  /// out [rows, n] = silu(in G^T + gate bias) * (in U^T + up bias).
-  virtual void linear_gated(const Linear& linear, const void* in, int32_t rows, void* out) = 0;
-  /// qkv [rows, (heads + 2 kv_heads) * head_dim] f32: rotates queries into q [rows, heads * head_dim] and keys,
-  /// and writes keys and values to `layer` of the KV cache.
-  virtual void rope_write_kv(const float* qkv, int32_t layer, void* q) = 0;
+  /// out [rows, n], in the activations' format = act(in G^T + gate bias) * (in U^T + up bias) of a gated linear,
+  /// act(in W^T + bias) of another.
+  virtual void linear_act(const Linear& linear, const void* in, int32_t rows, void* out) = 0;
+  /// qkv [rows, (heads + 2 kv_heads) * head_dim] f32, which it may overwrite: norms and rotates queries into
+  /// q [rows, heads * head_dim] and keys, as `layer` has it, and writes keys and values to its KV cache.
+  virtual void rope_write_kv(float* qkv, int32_t layer, void* q) = 0;
   /// out [rows, heads * head_dim] = causal attention of q over each row's sequence in the KV cache.
   virtual void attention(const void* q, int32_t layer, void* out) = 0;
+  /// out [rows, hidden] f32 = the weighted sum of what each row's experts make of in [rows, hidden], added in ascending
+  /// order of experts. A row's choice depends on its router logits alone.
+  virtual void experts(const Experts& experts, const void* in, int32_t rows, float* out) = 0;
+  /// logits [rows, vocab] f32 *= scale; then, if softcap is not 0, softcap * tanh(logits / softcap).
+  virtual void scale_logits(float* logits, int32_t rows, float scale, float softcap) = 0;
   /// Chooses from logits [rows.size(), vocab] f32, which it may overwrite. Waits for the device.
   virtual void sample(float* logits, std::span<const SampleRow> rows, std::span<SampleResult> results) = 0;
 };

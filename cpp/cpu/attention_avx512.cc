@@ -11,6 +11,10 @@ namespace {
 
 #include "cpu/kv_fetch-inl.h"
 
+#include "cpu/attention_tiles-inl.h"
+
+#include "cpu/attention_scores-inl.h"
+
 #include "cpu/attention-inl.h"
 
 struct F32 : Avx512 {
@@ -29,6 +33,7 @@ struct F32 : Avx512 {
     return load(reinterpret_cast<const float*>(at + step * row_bytes));
   }
   static Factors first_factors(const char* at) { return factors(at, 0, 0); }
+  static Factors second_factors(const char* at, int64_t row_bytes) { return factors(at, row_bytes, 1); }
   static Reg weights(const Weight* pair, int step) { return set(pair[step]); }
   static Reg fma(Reg weight, Factors factor, Reg sum) { return madd(weight, factor, sum); }
   static void pack(const Cell* in, Weight* out) { _mm256_storeu_ps(out, _mm256_loadu_ps(in)); }
@@ -48,6 +53,7 @@ struct Bf16 : F32 {
     return _mm512_castsi512_ps(step == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_maskz_mov_epi16(0xaaaaaaaa, pairs));
   }
   static Factors first_factors(const char* at) { return factors(at, 0, 0); }
+  static Factors second_factors(const char* at, int64_t row_bytes) { return factors(at, row_bytes, 1); }
   static void pack(const Cell* in, Weight* out) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
     _mm256_storeu_ps(out, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
@@ -106,9 +112,9 @@ void fill_attention(AttentionKernels& kernels) {
 template <class Activations>
 void fill(KvDType kv, AttentionKernels& kernels) {
   kv == KvDType::kInt8 ? fill_attention<Int8<Activations>>(kernels) : fill_attention<Activations>(kernels);
-  kernels.rotate = KvRows<Activations>::rotate;
+  kernels.norm = KvRows<F32>::norm;
+  kernels.rotate = KvRows<F32>::rotate;
   kernels.convert = KvRows<Activations>::convert;
-  kernels.rotate_f32 = KvRows<F32>::rotate;
   kernels.quantize = KvRows<Int8<F32>>::quantize;
 }
 

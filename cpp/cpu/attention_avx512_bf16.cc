@@ -11,6 +11,10 @@ namespace {
 
 #include "cpu/kv_fetch-inl.h"
 
+#include "cpu/attention_tiles-inl.h"
+
+#include "cpu/attention_scores-inl.h"
+
 #include "cpu/attention-inl.h"
 
 // Both products of a pair in one instruction. Softmax weights are rounded to bfloat16, and it is the rounded
@@ -29,6 +33,9 @@ struct Bf16 : Avx512 {
   static Sum zero() { return set(0.0f); }
   static Factors factors(const char* at, int64_t, int) { return _mm512_loadu_si512(at); }
   static Factors first_factors(const char* at) { return _mm512_maskz_mov_epi16(0x55555555, _mm512_loadu_si512(at)); }
+  static Factors second_factors(const char* at, int64_t) {
+    return _mm512_maskz_mov_epi16(0xaaaaaaaa, _mm512_loadu_si512(at));
+  }
   static __m512i weights(const Weight* pair, int) {
     int both;
     __builtin_memcpy(&both, pair, sizeof both);

@@ -52,7 +52,8 @@ struct KvLayout {
 struct AttentionAhead {
   const std::byte* kv = nullptr;        // as an item's
   const int32_t* block_table = nullptr;
-  int32_t begin = 0;                    // the tile's first key
+  int32_t first = 0;                    // its first key
+  int32_t begin = 0;                    // the tile's
   int32_t past = 0;                     // one past the item's last
   bool in_next = false;                 // whether it is in the item that comes next
   bool values = false;                  // or keys
@@ -76,10 +77,15 @@ struct AttentionItem {
   int32_t group = 0;                    // query heads that share the KV head
   int32_t positions = 0;                // query positions
   int32_t first = 0;                    // absolute position of the first
+  int32_t window = 0;                   // keys that a position sees, itself the last
+  int32_t begin = 0;                    // the first key: what lies before it is not read
   int32_t first_segment = 0;
   int32_t last_segment = 0;             // one past the last
   float scale = 0.0f;                   // of scores, with log2(e) in it
-  float* partials = nullptr;            // null: write `out`; else one state per segment, from the first of all
+  float softcap = 0.0f;                 // 0: none
+  const float* slopes = nullptr;        // [group], of ALiBi, or null
+  const float* sinks = nullptr;         // [group], or null
+  float* partials = nullptr;            // null: write `out`; else one state per segment, from the item's first
   int64_t state_floats = 0;
   float* scratch = nullptr;             // attention_scratch_floats()
   AttentionAhead* ahead = nullptr;      // the thread's, where the item waits for memory
@@ -93,14 +99,14 @@ struct AttentionKernels {
   Isa isa = Isa::kRef;  // whose `attend` is
   /// Attends over the item's segments.
   void (*attend)(const AttentionItem& item) = nullptr;
-  /// Merges partials of segments [0, last_segment) into `out`.
+  /// Merges partials of segments [first_segment, last_segment) into `out`.
   void (*merge)(const AttentionItem& item) = nullptr;
-  /// out [head_dim] in the activations' format = in [head_dim] rotated by cos, sin [head_dim / 2].
-  void (*rotate)(const float* in, const float* cos, const float* sin, int32_t head_dim, void* out) = nullptr;
-  /// out [count] in the activations' format = in.
+  /// x [columns] = x / rms(x) * weight; `centred`: (x - mean) / deviation * weight. eps is added to the mean square.
+  void (*norm)(float* x, const float* weight, int32_t columns, bool centred, float eps) = nullptr;
+  /// x [2 * pairs] is rotated by cos, sin [pairs]: element i with i + pairs.
+  void (*rotate)(float* x, const float* cos, const float* sin, int32_t pairs) = nullptr;
+  /// out [count], a multiple of 8, in the activations' format = in.
   void (*convert)(const float* in, int32_t count, void* out) = nullptr;
-  /// rotate to float32.
-  void (*rotate_f32)(const float* in, const float* cos, const float* sin, int32_t head_dim, void* out) = nullptr;
   /// out [count], a multiple of 8, in int8 with one `scale`, NaN if `in` holds NaN or infinity.
   void (*quantize)(const float* in, int32_t count, int8_t* out, float* scale) = nullptr;
 };

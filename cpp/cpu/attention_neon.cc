@@ -11,6 +11,10 @@ namespace {
 
 #include "cpu/kv_fetch-inl.h"
 
+#include "cpu/attention_tiles-inl.h"
+
+#include "cpu/attention_scores-inl.h"
+
 #include "cpu/attention-inl.h"
 
 struct F32 : Neon {
@@ -29,6 +33,7 @@ struct F32 : Neon {
     return load(reinterpret_cast<const float*>(at + step * row_bytes));
   }
   static Factors first_factors(const char* at) { return factors(at, 0, 0); }
+  static Factors second_factors(const char* at, int64_t row_bytes) { return factors(at, row_bytes, 1); }
   static Reg weights(const Weight* pair, int step) { return set(pair[step]); }
   static Reg fma(Reg weight, Factors factor, Reg sum) { return madd(weight, factor, sum); }
   static void pack(const Cell* in, Weight* out) {
@@ -51,6 +56,7 @@ struct Bf16 : F32 {
     return vreinterpretq_f32_u32(step == 0 ? vshlq_n_u32(pairs, 16) : vandq_u32(pairs, vdupq_n_u32(0xffff0000u)));
   }
   static Factors first_factors(const char* at) { return factors(at, 0, 0); }
+  static Factors second_factors(const char* at, int64_t row_bytes) { return factors(at, row_bytes, 1); }
   static void pack(const Cell* in, Weight* out) {
     const uint16x8_t cells = vld1q_u16(in);
     store(out, vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(cells), 16)));
@@ -102,9 +108,9 @@ void fill_attention(AttentionKernels& kernels) {
 template <class Activations>
 void fill(KvDType kv, AttentionKernels& kernels) {
   kv == KvDType::kInt8 ? fill_attention<Int8<Activations>>(kernels) : fill_attention<Activations>(kernels);
-  kernels.rotate = KvRows<Activations>::rotate;
+  kernels.norm = KvRows<F32>::norm;
+  kernels.rotate = KvRows<F32>::rotate;
   kernels.convert = KvRows<Activations>::convert;
-  kernels.rotate_f32 = KvRows<F32>::rotate;
   kernels.quantize = KvRows<Int8<F32>>::quantize;
 }
 

@@ -11,6 +11,10 @@ namespace {
 
 #include "cpu/kv_fetch-inl.h"
 
+#include "cpu/attention_tiles-inl.h"
+
+#include "cpu/attention_scores-inl.h"
+
 #include "cpu/attention-inl.h"
 
 // Both products of a pair in one instruction. Softmax weights are rounded to bfloat16, and it is the rounded
@@ -31,6 +35,9 @@ struct Bf16 : Neon {
   static Factors factors(const char* at, int64_t, int) { return vreinterpretq_bf16_u32(load_pairs(at)); }
   static Factors first_factors(const char* at) {
     return vreinterpretq_bf16_u32(vandq_u32(load_pairs(at), vdupq_n_u32(0xffff)));
+  }
+  static Factors second_factors(const char* at, int64_t) {
+    return vreinterpretq_bf16_u32(vandq_u32(load_pairs(at), vdupq_n_u32(0xffff0000u)));
   }
   static bfloat16x8_t weights(const Weight* pair, int) {
     uint32_t both;

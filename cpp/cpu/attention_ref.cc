@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
 #include <type_traits>
 
 #include "base/numeric.h"
@@ -33,8 +34,8 @@ class Reference {
       const Row part = row_at(item, item.scratch + item.state_floats, r);
       for (int s = item.first_segment; s < item.last_segment; ++s) {
         if (item.partials != nullptr) {
-          segment(item, r, s, row_at(item, item.partials + s * item.state_floats, r));
-        } else if (s == 0) {
+          segment(item, r, s, row_at(item, partials_of(item, s), r));
+        } else if (s == item.first_segment) {
           segment(item, r, s, total);
         } else {
           segment(item, r, s, part);
@@ -48,19 +49,10 @@ class Reference {
   static void merge(const AttentionItem& item) {
     for (int r = 0; r < item.positions * item.group; ++r) {
       const Row total = row_at(item, item.partials, r);
-      for (int s = 1; s < item.last_segment; ++s) {
-        join(item, r, s, total, row_at(item, item.partials + s * item.state_floats, r));
+      for (int s = item.first_segment + 1; s < item.last_segment; ++s) {
+        join(item, r, s, total, row_at(item, partials_of(item, s), r));
       }
       finish(item, r, total);
-    }
-  }
-
-  static void rotate(const float* in, const float* cos, const float* sin, int32_t head_dim, void* out) {
-    const int half = head_dim / 2;
-    auto* cells = static_cast<Cell*>(out);
-    for (int i = 0; i < half; ++i) {
-      assign(cells[i], in[i] * cos[i] - in[half + i] * sin[i]);
-      assign(cells[half + i], in[half + i] * cos[i] + in[i] * sin[i]);
     }
   }
 
@@ -75,7 +67,11 @@ class Reference {
     const int64_t padded = attention_padded_rows(item.positions * item.group);
     return {state[r], state[padded + r], state + 2 * padded + int64_t{r} * item.layout.padded_dim};
   }
+  static float* partials_of(const AttentionItem& item, int segment) {
+    return item.partials + (segment - item.first_segment) * item.state_floats;
+  }
   static int position(const AttentionItem& item, int r) { return item.first + r / item.group; }
+  static int first_key(const AttentionItem& item, int r) { return std::max(position(item, r) - item.window + 1, 0); }
 
   static const KvCell* block(const AttentionItem& item, int key) {
     return reinterpret_cast<const KvCell*>(item.kv +
@@ -100,9 +96,22 @@ class Reference {
     return std::is_same_v<KvCell, int8_t> ? cell * scale_at(item, key)[item.layout.block_size] : cell;
   }
 
+  // A score in units of log2, softcapped and biased.
+  static float bent(const AttentionItem& item, int r, int key, float score) {
+    if (item.softcap > 0.0f) {
+      const float cap = item.softcap * std::numbers::log2e_v<float>;
+      score = cap * std::tanh(score / cap);
+    }
+    if (item.slopes != nullptr) {
+      const auto distance = static_cast<float>(key - position(item, r));
+      score += item.slopes[r % item.group] * std::numbers::log2e_v<float> * distance;
+    }
+    return score;
+  }
+
   static void segment(const AttentionItem& item, int r, int index, Row row) {
-    const int begin = index * kAttentionSegment;
-    const int end = std::min(begin + kAttentionSegment, position(item, r) + 1);
+    const int begin = std::max(index * kAttentionSegment, first_key(item, r));
+    const int end = std::min((index + 1) * kAttentionSegment, position(item, r) + 1);
     const int dim = item.layout.head_dim;
     const Cell* q = static_cast<const Cell*>(item.q) + r / item.group * item.row_stride + r % item.group * dim;
     float scores[kAttentionSegment];
@@ -110,8 +119,9 @@ class Reference {
     for (int key = begin; key < end; ++key) {
       float sum = 0.0f;
       for (int d = 0; d < dim; ++d) sum += to_float(q[d]) * key_at(item, key, d);
-      scores[key - begin] = sum * item.scale;
-      row.m = std::max(row.m, sum * item.scale);
+      const float score = bent(item, r, key, sum * item.scale);
+      scores[key - begin] = score;
+      row.m = std::max(row.m, score);
     }
     row.l = 0.0f;
     for (int d = 0; d < dim; ++d) row.o[d] = 0.0f;
@@ -122,9 +132,16 @@ class Reference {
     }
   }
 
-  // Adds segment `index` to the row, if it has keys in it.
+  // Adds segment `index` to the row, if it has keys in it; its first is taken as it is.
   static void join(const AttentionItem& item, int r, int index, Row total, Row part) {
-    if (position(item, r) < index * kAttentionSegment) return;
+    const int first = first_key(item, r) / kAttentionSegment;
+    if (index < first || index > position(item, r) / kAttentionSegment) return;
+    if (index == first) {
+      total.m = part.m;
+      total.l = part.l;
+      std::copy_n(part.o, item.layout.head_dim, total.o);
+      return;
+    }
     const float m = std::max(total.m, part.m);
     const float old_scale = std::exp2(total.m - m);
     const float new_scale = std::exp2(part.m - m);
@@ -134,11 +151,37 @@ class Reference {
   }
 
   static void finish(const AttentionItem& item, int r, Row total) {
+    float scale = 1.0f;
+    if (item.sinks != nullptr) {   // it joins the sum with nothing behind it
+      const float sink = item.sinks[r % item.group] * std::numbers::log2e_v<float>;
+      const float m = std::max(total.m, sink);
+      scale = std::exp2(total.m - m);
+      total.l = total.l * scale + std::exp2(sink - m);
+    }
     const int dim = item.layout.head_dim;
     Cell* out = static_cast<Cell*>(item.out) + r / item.group * item.row_stride + r % item.group * dim;
-    for (int d = 0; d < dim; ++d) assign(out[d], total.o[d] / total.l);
+    for (int d = 0; d < dim; ++d) assign(out[d], total.o[d] * scale / total.l);
   }
 };
+
+void norm(float* x, const float* weight, int32_t columns, bool centred, float eps) {
+  double sum = 0.0;
+  for (int i = 0; i < columns; ++i) sum += x[i];
+  const double mean = centred ? sum / columns : 0.0;
+  double squares = 0.0;
+  for (int i = 0; i < columns; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const double scale = 1.0 / std::sqrt(squares / columns + eps);
+  for (int i = 0; i < columns; ++i) x[i] = static_cast<float>((x[i] - mean) * scale * weight[i]);
+}
+
+void rotate(float* x, const float* cos, const float* sin, int32_t pairs) {
+  for (int i = 0; i < pairs; ++i) {
+    const float low = x[i];
+    const float high = x[pairs + i];
+    x[i] = low * cos[i] - high * sin[i];
+    x[pairs + i] = high * cos[i] + low * sin[i];
+  }
+}
 
 void quantize(const float* in, int32_t count, int8_t* out, float* scale) {
   constexpr float kNothing = 1e-30f;   // what is smaller has no inverse, and counts as zero
@@ -158,9 +201,9 @@ template <class Cell>
 void fill(KvDType kv, AttentionKernels& kernels) {
   kernels.attend = Reference<Cell>::attend;
   kernels.merge = Reference<Cell>::merge;
-  kernels.rotate = Reference<Cell>::rotate;
+  kernels.norm = norm;
+  kernels.rotate = rotate;
   kernels.convert = Reference<Cell>::convert;
-  kernels.rotate_f32 = Reference<float>::rotate;
   kernels.quantize = quantize;
   if (kv == KvDType::kInt8) kernels.attend = Reference<Cell, int8_t>::attend;
 }

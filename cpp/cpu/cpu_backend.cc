@@ -11,8 +11,8 @@
 namespace splitfuse {
 
 CpuBackend::CpuBackend(DType dtype, int threads, Isa isa, bool pin_threads)
-    : dtype_(dtype), isa_(isa), pool_(threads, pin_threads), linears_(dtype, isa, pool_), rows_(dtype, isa, pool_),
-      attention_(dtype, isa, pool_), sampler_(isa, pool_) {}
+    : dtype_(dtype), isa_(isa), pool_(threads, pin_threads), linears_(dtype, isa, pool_),
+      experts_(dtype, linears_, pool_), rows_(dtype, isa, pool_), attention_(dtype, isa, pool_), sampler_(isa, pool_) {}
 
 std::string CpuBackend::describe() const {
   return cat("cpu, ", isa_name(isa_), ", ", pool_.size(), pool_.pinned() ? " pinned" : "",
@@ -36,7 +36,8 @@ std::vector<KernelChoice> CpuBackend::kernels(WeightFormat weights, WeightFormat
 int64_t CpuBackend::available() const { return available_memory(); }
 
 int64_t CpuBackend::scratch_bytes(const AttentionShape& attention, const StepLimits& limits) const {
-  return linears_.scratch_bytes(limits) + attention_.scratch_bytes(attention, limits) + sampler_.scratch_bytes(limits);
+  return linears_.scratch_bytes(limits) + experts_.scratch_bytes(limits) + attention_.scratch_bytes(attention, limits) +
+         sampler_.scratch_bytes(limits);
 }
 
 DeviceBuffer CpuBackend::allocate(int64_t bytes) {
@@ -46,8 +47,10 @@ DeviceBuffer CpuBackend::allocate(int64_t bytes) {
 
 void CpuBackend::prepare(const AttentionShape& attention, const StepLimits& limits, std::byte* kv) {
   linears_.prepare(limits);
+  experts_.prepare(limits);
   attention_.prepare(attention, limits, kv);
   sampler_.prepare(limits);
+  vocab_ = limits.vocab;
 }
 
 void CpuBackend::pack(const Linear& linear, Rows which, int32_t row, const TensorView& weight) {
@@ -65,11 +68,24 @@ void CpuBackend::begin(const RaggedBatch& batch) {
   attention_.begin(batch);
 }
 
-void CpuBackend::embed(const Linear& table, float* x) { linears_.embed(table, batch_.tokens, x); }
+void CpuBackend::embed(const Linear& table, float scale, float* x) { linears_.embed(table, batch_.tokens, scale, x); }
 
-void CpuBackend::rms_norm(const float* x, const float* weight, float eps, int32_t columns,
-                          std::span<const int32_t> rows, void* out) {
-  rows_.rms_norm(x, weight, eps, columns, batch_.rows(), rows, out);
+void CpuBackend::embed_positions(const Linear& table, int32_t offset, float* x) {
+  linears_.embed_positions(table, batch_.positions, offset, x);
+}
+
+void CpuBackend::norm(const Norm& norm, const float* x, std::span<const int32_t> rows, void* out) {
+  rows_.norm(norm, x, batch_.rows(), rows, out);
+}
+
+void CpuBackend::norm_in_place(const Norm& norm, float* x) { rows_.norm_in_place(norm, batch_.rows(), x); }
+
+void CpuBackend::add(const Norm& norm, const float* y, float scale, float* x) {
+  rows_.add(norm, y, scale, batch_.rows(), x);
+}
+
+void CpuBackend::scale_logits(float* logits, int32_t rows, float scale, float softcap) {
+  rows_.scale_logits(logits, rows, vocab_, scale, softcap);
 }
 
 void CpuBackend::linear(const Linear& linear, const void* in, int32_t rows, float* out) {
@@ -80,11 +96,15 @@ void CpuBackend::linear_add(const Linear& linear, const void* in, int32_t rows, 
   linears_.multiply(linear, in, rows, Epilogue::kAdd, x);
 }
 
-void CpuBackend::linear_gated(const Linear& linear, const void* in, int32_t rows, void* out) {
-  linears_.multiply(linear, in, rows, Epilogue::kGate, out);
+void CpuBackend::linear_act(const Linear& linear, const void* in, int32_t rows, void* out) {
+  linears_.multiply(linear, in, rows, Epilogue::kAct, out);
 }
 
-void CpuBackend::rope_write_kv(const float* qkv, int32_t layer, void* q) { attention_.rope_write_kv(qkv, layer, q); }
+void CpuBackend::experts(const Experts& experts, const void* in, int32_t rows, float* out) {
+  experts_.run(experts, in, rows, out);
+}
+
+void CpuBackend::rope_write_kv(float* qkv, int32_t layer, void* q) { attention_.rope_write_kv(qkv, layer, q); }
 
 void CpuBackend::attention(const void* q, int32_t layer, void* out) { attention_.attention(q, layer, out); }
 

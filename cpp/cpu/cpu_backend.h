@@ -8,6 +8,7 @@
 #include "backend/backend.h"
 #include "base/thread_pool.h"
 #include "cpu/attention.h"
+#include "cpu/experts.h"
 #include "cpu/isa.h"
 #include "cpu/linear.h"
 #include "cpu/rows.h"
@@ -34,14 +35,18 @@ class CpuBackend final : public Backend {
   void upload(const TensorView& vector, float* out) override;
 
   void begin(const RaggedBatch& batch) override;
-  void embed(const Linear& table, float* x) override;
-  void rms_norm(const float* x, const float* weight, float eps, int32_t columns, std::span<const int32_t> rows,
-                void* out) override;
+  void embed(const Linear& table, float scale, float* x) override;
+  void embed_positions(const Linear& table, int32_t offset, float* x) override;
+  void norm(const Norm& norm, const float* x, std::span<const int32_t> rows, void* out) override;
+  void norm_in_place(const Norm& norm, float* x) override;
+  void add(const Norm& norm, const float* y, float scale, float* x) override;
   void linear(const Linear& linear, const void* in, int32_t rows, float* out) override;
   void linear_add(const Linear& linear, const void* in, int32_t rows, float* x) override;
-  void linear_gated(const Linear& linear, const void* in, int32_t rows, void* out) override;
-  void rope_write_kv(const float* qkv, int32_t layer, void* q) override;
+  void linear_act(const Linear& linear, const void* in, int32_t rows, void* out) override;
+  void rope_write_kv(float* qkv, int32_t layer, void* q) override;
   void attention(const void* q, int32_t layer, void* out) override;
+  void experts(const Experts& experts, const void* in, int32_t rows, float* out) override;
+  void scale_logits(float* logits, int32_t rows, float scale, float softcap) override;
   void sample(float* logits, std::span<const SampleRow> rows, std::span<SampleResult> results) override;
 
   ThreadPool& pool() { return pool_; }
@@ -51,10 +56,12 @@ class CpuBackend final : public Backend {
   Isa isa_;
   ThreadPool pool_;
   LinearOps linears_;
+  ExpertOps experts_;
   RowOps rows_;
   PagedAttention attention_;
   Sampler sampler_;
   RaggedBatch batch_;
+  int32_t vocab_ = 0;
 };
 
 }  // namespace splitfuse

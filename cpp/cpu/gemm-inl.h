@@ -2,6 +2,10 @@
 // for one of them, after a struct Vec: the set's registers Reg of kLanes floats, and what can be done with them.
 // gcc keeps an array of registers in registers only if every loop over it is unrolled by pragma.
 
+#include "cpu/functions-inl.h"
+
+#include "cpu/activations-inl.h"
+
 constexpr int64_t kLineBytes = 64;
 /// Where a panel passes the rows once, it is fetched this far ahead of the arithmetic, into the next panel at its end.
 /// Found by trial: memory is read at full speed from 6 KiB on, at two thirds of it without.
@@ -55,7 +59,7 @@ constexpr int padded(int rows) {
 struct F32Format : RowByRow {
   using In = float;  // as the rows come
   using Weight = float;
-  using Out = float;  // of gated linears
+  using Out = float;  // of activations
   static constexpr int32_t kPerStep = 1;
 
   template <int R, int C>
@@ -103,27 +107,6 @@ struct WideBf16Format : RowByRow {
 
 // ---- Epilogues, on sums [rows][width] that still are in the first cache
 
-/// e^x to about one unit in the last place: x = n ln 2 + r with |r| <= ln 2 / 2 (the reduction of Cody and Waite,
-/// ln 2 in two parts), then 1 + r + r^2 q(r), q the minimax polynomial of degree 4. Beyond float's range inf and 0.
-[[gnu::always_inline]] inline Vec::Reg exp_of(Vec::Reg x) {
-  x = Vec::min(Vec::set(89.0f), Vec::max(Vec::set(-104.0f), x));  // keep NaN
-  const Vec::Reg n = Vec::round(Vec::mul(x, Vec::set(0x1.715476p+0f)));
-  Vec::Reg r = Vec::madd(n, Vec::set(-0x1.62e400p-1f), x);
-  r = Vec::madd(n, Vec::set(-0x1.7f7d1cp-20f), r);
-  Vec::Reg q = Vec::set(0x1.6a2434p-10f);
-  q = Vec::madd(q, r, Vec::set(0x1.1239e2p-7f));
-  q = Vec::madd(q, r, Vec::set(0x1.5558f2p-5f));
-  q = Vec::madd(q, r, Vec::set(0x1.555492p-3f));
-  q = Vec::madd(q, r, Vec::set(0x1.fffffcp-2f));
-  q = Vec::madd(Vec::mul(r, r), q, r);
-  return Vec::scale(Vec::add(q, Vec::set(1.0f)), n);
-}
-
-[[gnu::always_inline]] inline Vec::Reg silu(Vec::Reg x) {
-  const Vec::Reg one = Vec::set(1.0f);
-  return Vec::div(x, Vec::add(one, exp_of(Vec::sub(Vec::set(0.0f), x))));
-}
-
 template <int W>
 void add_bias(float* sums, int32_t rows, const float* bias) {
   for (int32_t r = 0; r < rows; ++r) {
@@ -155,24 +138,23 @@ void write_sums(const float* sums, int32_t rows, float* out, int64_t stride, int
   }
 }
 
-/// The rows' groups are combined as one long run, so that a wide register never is half empty but at the end, where it
-/// computes on what lies behind the sums. A narrow one takes a part of a group.
-template <int R, int W, class Out>
-void write_gated(const float* sums, int32_t rows, Out* out, int64_t stride, int32_t columns) {
-  constexpr int kOutputs = W / 2;
-  Out values[R * kOutputs + Vec::kLanes];
-  for (int32_t i = 0; i < rows * kOutputs; i += Vec::kLanes) {
-    const float* at = sums + 2 * i - i % kGateGroup;
-    Vec::store(values + i, Vec::mul(silu(Vec::gates(at)), Vec::ups(at)));
-  }
-  for (int32_t r = 0; r < rows; ++r) {
-    const Out* from = values + r * kOutputs;
-    Out* to = out + r * stride;
-    if (columns >= kOutputs) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kOutputs; c += kGateGroup) __builtin_memcpy(to + c, from + c, kGateGroup * sizeof(Out));
-    } else {
-      for (int32_t c = 0; c < columns; ++c) to[c] = from[c];
+/// Rows of W values in the format of activations. The last register of a whole row may cover some of the one before.
+template <int W, class Out>
+void write_values(const float* values, int32_t rows, Out* out, int64_t stride, int32_t columns) {
+  static_assert(W >= Vec::kLanes);
+  for (int32_t r = 0; r < rows; ++r, values += W, out += stride) {
+    if (columns >= W) {
+#pragma GCC unroll 16
+      for (int c = 0; c < W; c += Vec::kLanes) {
+        const int at = c + Vec::kLanes <= W ? c : W - Vec::kLanes;
+        Vec::store(out + at, Vec::load(values + at));
+      }
+      continue;
+    }
+    for (int32_t c = 0; c < columns; c += Vec::kLanes) {
+      Out some[Vec::kLanes];
+      Vec::store(some, Vec::load(values + c));
+      for (int32_t i = c; i < columns && i < c + Vec::kLanes; ++i) out[i] = some[i - c];
     }
   }
 }
@@ -252,13 +234,17 @@ int32_t tile_begin(int32_t tile, int32_t tiles, int32_t rows) {
   return begin < rows ? begin : rows;
 }
 
-/// Writes sums [rows][W] of a panel to rows of `task.out` that begin at `row`.
-template <class Out, int R, int W>
+/// Writes sums [rows][W] of a panel to rows of `task.out` that begin at `row`. Spoils the sums.
+template <class Out, int W>
 void finish(const GemmTask& task, int32_t p, int32_t row, int32_t rows, float* sums) {
   if (task.bias != nullptr) add_bias<W>(sums, rows, task.bias + int64_t{p} * W);
-  if (task.epilogue == Epilogue::kGate) {
-    Out* out = static_cast<Out*>(task.out) + row * task.out_stride + p * (W / 2);
-    write_gated<R, W, Out>(sums, rows, out, task.out_stride, task.columns - p * (W / 2));
+  if (task.epilogue == Epilogue::kAct) {
+    const int32_t outputs = task.gated ? W / 2 : W;
+    activate(task.activation, task.gated, sums, rows * outputs);
+    Out* out = static_cast<Out*>(task.out) + row * task.out_stride + p * outputs;
+    const int32_t columns = task.columns - p * outputs;
+    task.gated ? write_values<W / 2>(sums, rows, out, task.out_stride, columns)
+               : write_values<W>(sums, rows, out, task.out_stride, columns);
     return;
   }
   float* out = static_cast<float*>(task.out) + row * task.out_stride + p * W;
@@ -298,7 +284,7 @@ void multiply(const GemmTask& task) {
         block.sums = task.sums + (blocks > 1 ? row * W : 0);
         block.tile = tile;
         micro_rows<Format, R, C>(rows, block);
-        if (begin + block.steps == steps) finish<typename Format::Out, R, W>(task, p, row, rows, block.sums);
+        if (begin + block.steps == steps) finish<typename Format::Out, W>(task, p, row, rows, block.sums);
       }
     }
   }

@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "splitfuse/types.h"
 
 namespace splitfuse {
 
@@ -47,7 +48,7 @@ constexpr RowRecord row_record(int32_t depth) {
 enum class Epilogue : uint8_t {
   kStore,  // out f32 = sum + bias
   kAdd,  // out f32 += sum + bias
-  kGate,  // out, in the format of activations = silu(gate sum + bias) * (up sum + bias)
+  kAct,  // out, in the format of activations = act(sum + bias), or act(gate sum + bias) * (up sum + bias) if gated
 };
 
 /// Rows times a range of panels.
@@ -64,7 +65,9 @@ struct GemmTask {
   void* out = nullptr;  // first row, column 0
   int64_t out_stride = 0;  // elements
   Epilogue epilogue = Epilogue::kStore;
-  bool narrow = false;  // kGate on records: out is bf16, not f32
+  bool gated = false;  // kAct alone
+  Activation activation = Activation::kNone;
+  bool narrow = false;  // kAct on records: out is bf16, not f32
   float* sums = nullptr;  // scratch, kSumFloats
 };
 

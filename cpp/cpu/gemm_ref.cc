@@ -1,7 +1,6 @@
 // The GEMM that says what is meant, in portable scalar code. Every other one is held to it.
-#include <cmath>
-
 #include "base/numeric.h"
+#include "cpu/activation_ref.h"
 #include "cpu/gemm.h"
 
 namespace splitfuse {
@@ -24,8 +23,6 @@ struct Bf16 {
   static uint16_t store(float value) { return float_to_bf16(value); }
 };
 
-float silu(float x) { return x / (1.0f + std::exp(-x)); }
-
 /// sums[c] = row . column c of the panel
 template <class Format>
 void dot(const typename Format::Element* row, const typename Format::Element* panel, int32_t depth,
@@ -43,7 +40,7 @@ void multiply(const GemmTask& task) {
   using Element = typename Format::Element;
   const int64_t panel_elements =
       int64_t{(task.depth + Format::kTogether - 1) / Format::kTogether} * Format::kTogether * kWidth;
-  const int32_t outputs = task.epilogue == Epilogue::kGate ? kWidth / 2 : kWidth;   // of one panel
+  const int32_t outputs = task.gated ? kWidth / 2 : kWidth;   // of one panel
   for (int32_t p = task.panel_begin; p < task.panel_end; ++p) {
     const Element* panel = reinterpret_cast<const Element*>(task.panels) + p * panel_elements;
     for (int32_t r = 0; r < task.rows; ++r) {
@@ -59,8 +56,10 @@ void multiply(const GemmTask& task) {
           case Epilogue::kAdd:
             static_cast<float*>(task.out)[at] += sums[c];
             break;
-          case Epilogue::kGate:
-            static_cast<Element*>(task.out)[at] = Format::store(silu(sums[c]) * sums[kGateGroup + c]);
+          case Epilogue::kAct:
+            static_cast<Element*>(task.out)[at] =
+                Format::store(task.gated ? gated(task.activation, sums[c], sums[kGateGroup + c])
+                                         : activated(task.activation, sums[c]));
             break;
         }
       }

@@ -3,11 +3,7 @@
 #include "cpu/vector_avx512-inl.h"
 
 struct GemmAvx512 : Avx512 {
-  static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
-  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }   // the second if one is NaN
-  static Reg round(Reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Reg scale(Reg x, Reg n) { return _mm512_scalef_ps(x, n); }   // x * 2^n for whole n
-  static void touch(Reg& x) { asm volatile("" : "+v"(x)); }           // the compiler may not know what x is
+  static void touch(Reg& x) { asm volatile("" : "+v"(x)); }  // the compiler may not know what x is
 
   /// The first, the second of kLanes pairs of bf16.
   static Reg load_first(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }

@@ -3,18 +3,7 @@
 #include "cpu/vector_neon-inl.h"
 
 struct GemmNeon : Neon {
-  static Reg div(Reg a, Reg b) { return vdivq_f32(a, b); }
-  static Reg min(Reg a, Reg b) { return vminq_f32(a, b); }   // NaN if one is NaN
-  static Reg round(Reg x) { return vrndnq_f32(x); }
   static void touch(Reg& x) { asm volatile("" : "+w"(x)); }  // the compiler may not know what x is
-
-  /// x * 2^n for whole n, in two factors so that results may underflow or overflow.
-  static Reg scale(Reg x, Reg n) {
-    const int32x4_t whole = vcvtq_s32_f32(n);
-    const int32x4_t half = vshrq_n_s32(whole, 1);
-    return mul(mul(x, power(half)), power(vsubq_s32(whole, half)));
-  }
-  static Reg power(int32x4_t n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23)); }
 
   /// The first, the second of kLanes pairs of bf16.
   static Reg load_first(const uint16_t* p) { return vreinterpretq_f32_u32(vshlq_n_u32(load_pairs(p), 16)); }

@@ -133,7 +133,7 @@ void integer_multiply(const GemmTask& task) {
   const int64_t panel_bytes = int64_t{all} * kGroupBytes;
   for (int32_t p = task.panel_begin; p < task.panel_end; ++p) {
     const std::byte* panel = task.panels + p * panel_bytes;
-    const bool direct = task.bias == nullptr && task.epilogue != Epilogue::kGate && task.columns - p * W >= W;
+    const bool direct = task.bias == nullptr && task.epilogue != Epilogue::kAct && task.columns - p * W >= W;
     for (block.begin = 0; block.begin < all; block.begin += block_groups) {
       block.panel = panel + int64_t{block.begin} * kGroupBytes;
       block.groups = all - block.begin < block_groups ? all - block.begin : block_groups;
@@ -148,9 +148,9 @@ void integer_multiply(const GemmTask& task) {
         integer_micro_rows<Format, R, C>(rows, block);
         if (!last || direct) continue;
         if (task.narrow) {
-          finish<uint16_t, R, W>(task, p, row, rows, block.sums);
+          finish<uint16_t, W>(task, p, row, rows, block.sums);
         } else {
-          finish<float, R, W>(task, p, row, rows, block.sums);
+          finish<float, W>(task, p, row, rows, block.sums);
         }
       }
     }

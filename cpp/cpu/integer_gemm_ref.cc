@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "base/numeric.h"
+#include "cpu/activation_ref.h"
 #include "cpu/gemm.h"
 
 namespace splitfuse {
@@ -62,13 +63,11 @@ void dot(const std::byte* row, const std::byte* panel, const RowRecord& record, 
   }
 }
 
-float silu(float x) { return x / (1.0f + std::exp(-x)); }
-
 template <class Format>
 void multiply(const GemmTask& task) {
   const RowRecord record = row_record(task.depth);
   const int64_t panel_bytes = int64_t{record.groups} * Format::kGroupBytes;
-  const int32_t outputs = task.epilogue == Epilogue::kGate ? kWidth / 2 : kWidth;   // of one panel
+  const int32_t outputs = task.gated ? kWidth / 2 : kWidth;   // of one panel
   for (int32_t p = task.panel_begin; p < task.panel_end; ++p) {
     for (int32_t r = 0; r < task.rows; ++r) {
       float sums[kWidth];
@@ -81,10 +80,14 @@ void multiply(const GemmTask& task) {
           static_cast<float*>(task.out)[at] = sums[c];
         } else if (task.epilogue == Epilogue::kAdd) {
           static_cast<float*>(task.out)[at] += sums[c];
-        } else if (task.narrow) {
-          static_cast<uint16_t*>(task.out)[at] = float_to_bf16(silu(sums[c]) * sums[kGateGroup + c]);
         } else {
-          static_cast<float*>(task.out)[at] = silu(sums[c]) * sums[kGateGroup + c];
+          const float value =
+              task.gated ? gated(task.activation, sums[c], sums[kGateGroup + c]) : activated(task.activation, sums[c]);
+          if (task.narrow) {
+            static_cast<uint16_t*>(task.out)[at] = float_to_bf16(value);
+          } else {
+            static_cast<float*>(task.out)[at] = value;
+          }
         }
       }
     }

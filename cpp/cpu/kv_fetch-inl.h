@@ -1,5 +1,6 @@
 // Keys and values in their blocks, and their fetching ahead of use. Include inside the anonymous namespace of a file of
-// one instruction set, after kv_rows-inl.h and before attention-inl.h, which says what a Format F has.
+// one instruction set, after kv_rows-inl.h and before attention_tiles-inl.h, which
+// says what a Format F has.
 //
 // With few query rows K and V come from memory, which is read at full speed only if it is told some KiB ahead. Hardware
 // looks ahead within a page of 4 KiB, about a head's part of a block; so lines are fetched here in the order in which
@@ -34,7 +35,8 @@ struct KvFetch {
     }
     ahead.kv = item.kv;
     ahead.block_table = item.block_table;
-    ahead.begin = item.first_segment * kAttentionSegment;
+    ahead.first = item.begin;
+    ahead.begin = item.begin / kTile * kTile;
     ahead.past = least(item.first + item.positions, item.last_segment * kAttentionSegment);
     ahead.rows = 0;
     enter_tile(ahead);
@@ -43,7 +45,7 @@ struct KvFetch {
 
   // For step `step` of a run of them, each of which reads `Bytes`. No `ahead`: nothing is fetched.
   template <int Bytes>
-  static inline void step(const AttentionItem& item, AttentionAhead* ahead, int step) {
+  [[gnu::always_inline]] static inline void step(const AttentionItem& item, AttentionAhead* ahead, int step) {
     constexpr int kBytes = kAheadLines * kLine;
     constexpr int kSteps = Bytes < kBytes ? kBytes / Bytes : 1;
     if (ahead == nullptr || step % kSteps != 0) return;
@@ -57,7 +59,7 @@ struct KvFetch {
     return int64_t{kColumn / 2 * F::kPairRows * F::kLaneBytes} * layout.padded_dim;
   }
 
-  static inline void fetch(const AttentionItem& item, AttentionAhead& ahead) {
+  [[gnu::always_inline]] static inline void fetch(const AttentionItem& item, AttentionAhead& ahead) {
     if (ahead.rows == 0 && !refill(item, ahead)) return;
 #pragma GCC unroll 8
     for (int i = 0; i < kAheadLines; ++i) __builtin_prefetch(ahead.lines[i] + ahead.offset, 0, 2);
@@ -65,18 +67,23 @@ struct KvFetch {
     --ahead.rows;
   }
 
+  // The tile's first column that is seen.
+  static void enter_column(AttentionAhead& ahead) {
+    ahead.column = ahead.first > ahead.begin ? (ahead.first - ahead.begin) / kColumn : 0;
+  }
+
   static void enter_tile(AttentionAhead& ahead) {
     ahead.values = false;
-    ahead.column = 0;
+    enter_column(ahead);
     ahead.columns = (least(kTile, ahead.past - ahead.begin) + kColumn - 1) / kColumn;
   }
 
   // Goes on to the next lines: keys of a tile, then its values, the next tile, the next item. False at the end.
-  static bool refill(const AttentionItem& item, AttentionAhead& ahead) {
+  [[gnu::noinline]] static bool refill(const AttentionItem& item, AttentionAhead& ahead) {
     if (ahead.column == ahead.columns) {
       if (!ahead.values) {
         ahead.values = true;
-        ahead.column = 0;
+        enter_column(ahead);
       } else if (ahead.begin + kTile < ahead.past) {
         ahead.begin += kTile;
         enter_tile(ahead);
@@ -84,7 +91,8 @@ struct KvFetch {
         ahead.in_next = true;
         ahead.kv = item.next_kv;
         ahead.block_table = item.next_block_table;
-        ahead.begin = item.next_begin;
+        ahead.first = item.next_begin;
+        ahead.begin = item.next_begin / kTile * kTile;
         ahead.past = item.next_past;
         enter_tile(ahead);
       } else {

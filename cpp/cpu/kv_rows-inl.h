@@ -1,5 +1,5 @@
-// Single rows of queries, keys and values on their way to attention. Included before attention-inl.h; a Format F as
-// there.
+// Single rows of queries, keys and values on their way to attention. Included before attention_tiles-inl.h; a Format
+// F as there.
 
 constexpr int least(int a, int b) { return a < b ? a : b; }
 
@@ -33,17 +33,36 @@ struct KvRows {
   using Cell = typename F::Cell;
   static constexpr int kLanes = F::kLanes;
 
-  static void rotate(const float* in, const float* cos, const float* sin, int32_t head_dim, void* out) {
-    const int half = head_dim / 2;
-    auto* cells = static_cast<Cell*>(out);
-    for (int i = 0; i < half; i += kLanes) {
-      const int n = least(kLanes, half - i);
-      const Reg low = F::get(in + i, n);
-      const Reg high = F::get(in + half + i, n);
+  static void norm(float* x, const float* weight, int32_t columns, bool centred, float eps) {
+    const auto count = static_cast<float>(columns);
+    const Reg zero = F::set(0.0f);
+    Reg mean = zero;
+    if (centred) {
+      Reg sum = zero;
+      for (int i = 0; i < columns; i += kLanes) sum = F::add(sum, F::get(x + i, columns - i));
+      mean = F::set(F::reduce_add(sum) / count);
+    }
+    Reg squares = zero;
+    for (int i = 0; i < columns; i += kLanes) {
+      const Reg value = F::keep(F::sub(F::get(x + i, columns - i), mean), columns - i, zero);
+      squares = F::madd(value, value, squares);
+    }
+    const Reg scale = F::set(1.0f / __builtin_sqrtf(F::reduce_add(squares) / count + eps));
+    for (int i = 0; i < columns; i += kLanes) {
+      const int n = columns - i;
+      F::put(x + i, F::mul(F::mul(F::sub(F::get(x + i, n), mean), scale), F::get(weight + i, n)), n);
+    }
+  }
+
+  static void rotate(float* x, const float* cos, const float* sin, int32_t pairs) {
+    for (int i = 0; i < pairs; i += kLanes) {
+      const int n = pairs - i;
+      const Reg low = F::get(x + i, n);
+      const Reg high = F::get(x + pairs + i, n);
       const Reg c = F::get(cos + i, n);
       const Reg s = F::get(sin + i, n);
-      F::put(cells + i, F::sub(F::mul(low, c), F::mul(high, s)), n);
-      F::put(cells + half + i, F::add(F::mul(high, c), F::mul(low, s)), n);
+      F::put(x + i, F::sub(F::mul(low, c), F::mul(high, s)), n);
+      F::put(x + pairs + i, F::add(F::mul(high, c), F::mul(low, s)), n);
     }
   }
 

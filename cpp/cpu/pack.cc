@@ -181,19 +181,20 @@ void to_f32(const TensorView& tensor, float* out) {
   });
 }
 
-void unpack_row(const Linear& linear, const PackedLayout& layout, DType dtype, int32_t row, float* out) {
+void unpack_row(const Linear& linear, const PackedLayout& layout, DType dtype, int32_t row, int32_t first,
+                int32_t count, float* out) {
   const std::byte* panel = linear.data + row / layout.width() * layout.panel_bytes();
   const int32_t column = row % layout.width();
   if (linear.format != WeightFormat::kDense) {
-    return dequantize_channel(panel, linear.format, linear.k, column, layout, out);
+    return dequantize_channel(panel, linear.format, first, count, column, layout, out);
   }
   if (dtype == DType::kF32) {
     const auto* from = reinterpret_cast<const float*>(panel);
-    for (int32_t k = 0; k < linear.k; ++k) out[k] = from[layout.place(k, column)];
+    for (int32_t k = first; k < first + count; ++k) out[k - first] = from[layout.place(k, column)];
     return;
   }
   const auto* from = reinterpret_cast<const uint16_t*>(panel);
-  for (int32_t k = 0; k < linear.k; ++k) out[k] = bf16_to_float(from[layout.place(k, column)]);
+  for (int32_t k = first; k < first + count; ++k) out[k - first] = bf16_to_float(from[layout.place(k, column)]);
 }
 
 }  // namespace splitfuse

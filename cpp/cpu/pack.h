@@ -56,7 +56,8 @@ void pack_weight(const Linear& linear, const PackedLayout& layout, DType dtype, 
 void pack_bias(const Linear& linear, const PackedLayout& layout, Rows which, int32_t row, const TensorView& bias);
 /// A tensor of f32, bf16 or f16 as f32.
 void to_f32(const TensorView& tensor, float* out);
-/// Row `row` of a linear that is not gated, as f32 [k].
-void unpack_row(const Linear& linear, const PackedLayout& layout, DType dtype, int32_t row, float* out);
+/// Columns [first, first + count) of row `row` of a linear that is not gated, as f32 [count].
+void unpack_row(const Linear& linear, const PackedLayout& layout, DType dtype, int32_t row, int32_t first,
+                int32_t count, float* out);
 
 }  // namespace splitfuse

@@ -52,27 +52,27 @@ void place_channel(const IntegerRow& row, WeightFormat format, int32_t depth, in
   format == WeightFormat::kInt8 ? place8(row, depth, column, layout, panel) : place4(row, depth, column, layout, panel);
 }
 
-void dequantize_channel(const std::byte* panel, WeightFormat format, int32_t depth, int32_t column,
+void dequantize_channel(const std::byte* panel, WeightFormat format, int32_t first, int32_t count, int32_t column,
                         const PackedLayout& layout, float* out) {
   const int32_t width = layout.width();
   if (format == WeightFormat::kInt8) {
-    for (int32_t k = 0; k < depth; ++k) {
+    for (int32_t k = first; k < first + count; ++k) {
       const std::byte* group = panel + k / kQuantGroup * group_bytes(format, width);
       uint16_t half = 0;
       std::memcpy(&half, group + kQuantGroup * width + column * 2, sizeof half);
       const auto code = static_cast<int32_t>(group[layout.place(k % kQuantGroup, column)]) - kWeightBias;
-      out[k] = f16_to_float(half) * static_cast<float>(code);
+      out[k - first] = f16_to_float(half) * static_cast<float>(code);
     }
     return;
   }
   constexpr int32_t kHalf = kQuantGroup / 2;
-  for (int32_t k = 0; k < depth; ++k) {
+  for (int32_t k = first; k < first + count; ++k) {
     const std::byte* group = panel + k / kQuantGroup * group_bytes(format, width);
     const int32_t i = k % kQuantGroup;
     const auto both = static_cast<int32_t>(group[layout.place(i % kHalf, column)]);
     uint16_t halves[2];
     for (int32_t h = 0; h < 2; ++h) std::memcpy(halves + h, group + kHalf * width + (h * width + column) * 2, 2);
-    out[k] =
+    out[k - first] =
         f16_to_float(halves[0]) * static_cast<float>(i < kHalf ? both & kMost4 : both >> 4) + f16_to_float(halves[1]);
   }
 }

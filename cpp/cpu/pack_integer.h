@@ -15,8 +15,8 @@ int64_t integer_panel_bytes(WeightFormat format, int32_t depth, int32_t width);
 /// Lays a row of `depth` weights, in `format`, into a column of the panel.
 void place_channel(const IntegerRow& row, WeightFormat format, int32_t depth, int32_t column,
                    const PackedLayout& layout, std::byte* panel);
-/// What a column stands for, as f32 [depth].
-void dequantize_channel(const std::byte* panel, WeightFormat format, int32_t depth, int32_t column,
+/// What weights [first, first + count) of a column stand for, as f32 [count].
+void dequantize_channel(const std::byte* panel, WeightFormat format, int32_t first, int32_t count, int32_t column,
                         const PackedLayout& layout, float* out);
 
 }  // namespace splitfuse

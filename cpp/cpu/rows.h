@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 
+#include "backend/backend.h"
 #include "base/thread_pool.h"
 #include "cpu/isa.h"
 #include "cpu/row_kernels.h"
@@ -17,10 +18,11 @@ class RowOps {
 
   Isa kernel_isa() const { return kernels_.isa; }
 
-  /// out [count, columns] = x / rms(x) * weight. `rows` empty: the first `count` rows of x; else its rows `rows`,
-  /// closed up, and `count` is not looked at.
-  void rms_norm(const float* x, const float* weight, float eps, int32_t columns, int32_t count,
-                std::span<const int32_t> rows, void* out);
+  /// As Backend's operations of these names. `count`: rows of x.
+  void norm(const Norm& norm, const float* x, int32_t count, std::span<const int32_t> rows, void* out);
+  void norm_in_place(const Norm& norm, int32_t count, float* x);
+  void add(const Norm& norm, const float* y, float scale, int32_t count, float* x);
+  void scale_logits(float* logits, int32_t count, int32_t vocab, float scale, float softcap);
 
  private:
   DType dtype_;

@@ -10,12 +10,41 @@ namespace {
 void assign(float& out, float x) { out = x; }
 void assign(uint16_t& out, float x) { out = float_to_bf16(x); }
 
-template <class Cell>
-void rms_norm(const float* x, const float* weight, float eps, int32_t columns, void* out) {
+/// Calls use(i, norm(x)[i]) for all of a row.
+template <class Use>
+void for_normed(const RowNorm& norm, const float* x, const Use& use) {
+  if (norm.weight == nullptr) {
+    for (int32_t i = 0; i < norm.columns; ++i) use(i, x[i]);
+    return;
+  }
+  double mean = 0.0;
+  for (int32_t i = 0; norm.centered && i < norm.columns; ++i) mean += x[i];
+  mean /= norm.columns;
   double squares = 0.0;
-  for (int32_t i = 0; i < columns; ++i) squares += double{x[i]} * x[i];
-  const auto scale = static_cast<float>(1.0 / std::sqrt(squares / columns + eps));
-  for (int32_t i = 0; i < columns; ++i) assign(static_cast<Cell*>(out)[i], x[i] * scale * weight[i]);
+  for (int32_t i = 0; i < norm.columns; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const auto scale = static_cast<float>(1.0 / std::sqrt(squares / norm.columns + norm.eps));
+  for (int32_t i = 0; i < norm.columns; ++i) {
+    const float value = static_cast<float>(x[i] - mean) * scale * norm.weight[i];
+    use(i, norm.bias != nullptr ? value + norm.bias[i] : value);
+  }
+}
+
+template <class Cell>
+void norm(const RowNorm& norm, const float* x, void* out) {
+  for_normed(norm, x, [&](int32_t i, float value) { assign(static_cast<Cell*>(out)[i], value); });
+}
+
+void norm_in_place(const RowNorm& row_norm, float* x) { norm<float>(row_norm, x, x); }
+
+void add(const RowNorm& norm, const float* y, float scale, float* x) {
+  for_normed(norm, y, [&](int32_t i, float value) { x[i] += scale * value; });
+}
+
+void scale_and_cap(float* x, int32_t count, float scale, float cap) {
+  for (int32_t i = 0; i < count; ++i) {
+    x[i] *= scale;
+    if (cap != 0.0f) x[i] = cap * std::tanh(x[i] / cap);
+  }
 }
 
 RowMax max(const float* x, int32_t count) {
@@ -50,7 +79,10 @@ int32_t find(const float* x, int32_t count, float floor, int32_t* out) {
 }  // namespace
 
 void row_kernels_ref(DType dtype, RowKernels& kernels) {
-  kernels.rms_norm = dtype == DType::kF32 ? rms_norm<float> : rms_norm<uint16_t>;
+  kernels.norm = dtype == DType::kF32 ? norm<float> : norm<uint16_t>;
+  kernels.norm_in_place = norm_in_place;
+  kernels.add = add;
+  kernels.scale_and_cap = scale_and_cap;
   kernels.max = max;
   kernels.weigh = weigh;
   kernels.find = find;

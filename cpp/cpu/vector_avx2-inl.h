@@ -13,6 +13,9 @@ struct Avx2 {
   static Reg madd(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   // The second if one is NaN.
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg round(Reg x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static float first(Reg x) { return _mm256_cvtss_f32(x); }
 
   // All ones in the lowest n lanes; n of 0 or less: none.
@@ -34,6 +37,16 @@ struct Avx2 {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  }
+
+  // x * 2^n for whole n, in two factors so that results may underflow or overflow.
+  static Reg scale(Reg x, Reg n) {
+    const __m256i whole = _mm256_cvtps_epi32(n);
+    const __m256i half = _mm256_srai_epi32(whole, 1);
+    return mul(mul(x, power(half)), power(_mm256_sub_epi32(whole, half)));
+  }
+  static Reg power(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
   }
 
   // 2^x for x <= 127, within 2 ulp; 0 below 2^-126; NaN for NaN. A minimax polynomial of 2^f on [-1/2, 1/2].
@@ -64,9 +77,10 @@ struct Avx2 {
     const __m256i wide = round_bf16(x);
     return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
   }
-  // n: a multiple of 4.
   static void put(unsigned short* p, Reg x, int n) {
-    auto* out = reinterpret_cast<__m128i*>(p);
-    n >= kLanes ? _mm_storeu_si128(out, to_bf16(x)) : _mm_storel_epi64(out, to_bf16(x));
+    if (n >= kLanes) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(x));
+    unsigned short some[kLanes];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(some), to_bf16(x));
+    for (int i = 0; i < n; ++i) p[i] = some[i];
   }
 };

@@ -13,6 +13,11 @@ struct Avx512 {
   static Reg madd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   // The second if one is NaN.
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  static Reg round(Reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // x * 2^n for whole n.
+  static Reg scale(Reg x, Reg n) { return _mm512_scalef_ps(x, n); }
   static float first(Reg x) { return _mm512_cvtss_f32(x); }
 
   // The lowest n lanes; n of 0 or less: none.

@@ -13,6 +13,9 @@ struct Neon {
   static Reg madd(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   // NaN if one is NaN.
   static Reg max(Reg a, Reg b) { return vmaxq_f32(a, b); }
+  static Reg min(Reg a, Reg b) { return vminq_f32(a, b); }
+  static Reg div(Reg a, Reg b) { return vdivq_f32(a, b); }
+  static Reg round(Reg x) { return vrndnq_f32(x); }
   static float first(Reg x) { return vgetq_lane_f32(x, 0); }
 
   // All ones in the lowest n lanes; n of 0 or less: none.
@@ -38,6 +41,14 @@ struct Neon {
   static float reduce_add(Reg x) { return vaddvq_f32(x); }
   static float reduce_max(Reg x) { return vmaxvq_f32(x); }
 
+  // x * 2^n for whole n, in two factors so that results may underflow or overflow.
+  static Reg scale(Reg x, Reg n) {
+    const int32x4_t whole = vcvtq_s32_f32(n);
+    const int32x4_t half = vshrq_n_s32(whole, 1);
+    return mul(mul(x, power(half)), power(vsubq_s32(whole, half)));
+  }
+  static Reg power(int32x4_t n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23)); }
+
   // 2^x for x <= 127, within 2 ulp; 0 below 2^-126; NaN for NaN. A minimax polynomial of 2^f on [-1/2, 1/2].
   static Reg exp2(Reg x) {
     x = max(set(-127.0f), x);
@@ -61,6 +72,10 @@ struct Neon {
     const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
     return vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), sum, quiet), 16);
   }
-  // Rows come in fours, so that n is all lanes.
-  static void put(unsigned short* p, Reg x, int) { vst1_u16(p, to_bf16(x)); }
+  static void put(unsigned short* p, Reg x, int n) {
+    if (n >= kLanes) return vst1_u16(p, to_bf16(x));
+    unsigned short some[kLanes];
+    vst1_u16(some, to_bf16(x));
+    for (int i = 0; i < n; ++i) p[i] = some[i];
+  }
 };

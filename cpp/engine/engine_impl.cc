@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <utility>
 
 #include "base/check.h"
 
@@ -57,14 +58,15 @@ Engine::Impl::Impl(const ModelConfig& model, WeightSource& weights, const Engine
                    const ProgressFn& progress, std::unique_ptr<Backend> backend)
     : model_(model), config_(config), backend_(std::move(backend)), sizing_(size_engine(model, config, *backend_)),
       weight_memory_(backend_->allocate(sizing_.plan.weights)),
-      weights_(lay_out_weights(model, config.quantize, *backend_, weight_memory_.data())),
-      pool_(sizing_.plan.blocks, config.block_size, config.prefix_caching),
+      weights_(lay_out_weights(model, config.quantize, *backend_, weight_memory_.data(), &weight_places_)),
+      window_(kv_window(model)), pool_(sizing_.plan.blocks, config.block_size, config.prefix_caching),
       builder_(sizing_.limits.max_rows, sizing_.limits.max_seqs) {
-  load_weights(model_, *backend_, weights, weights_, progress);
+  load_weights(model_, *backend_, weights, std::exchange(weight_places_, {}), progress);
   kv_memory_ = backend_->allocate(sizing_.plan.kv_pool);
   const StepLimits& limits = sizing_.limits;
   workspace_memory_ = backend_->allocate(lay_out_workspace(model_, backend_->dtype(), limits, nullptr).bytes);
-  backend_->prepare(attention_shape(model_, config_, sizing_.plan.blocks), limits, kv_memory_.data());
+  const KvShape kv = kv_shape(model_, config_, sizing_.plan.blocks);
+  backend_->prepare(attention_shape(model_, kv, limits.max_context, &weights_), limits, kv_memory_.data());
   decoder_ = std::make_unique<Decoder>(model_, *backend_, weights_,
                                        lay_out_workspace(model_, backend_->dtype(), limits, workspace_memory_.data()));
   sample_rows_.reserve(limits.max_logit_rows);
@@ -88,7 +90,7 @@ int32_t Engine::Impl::measure_budget() {
   constexpr double kSeconds = 2.0;
   const int32_t block_size = config_.block_size;
   const int32_t largest = sizing_.plan.token_budget;
-  const int32_t longest = std::min(largest, sizing_.plan.max_model_len);
+  const int32_t longest = std::min({largest, sizing_.plan.max_model_len, pool_.total() * block_size});
   const int32_t seq_blocks = ceil_div(longest, block_size);
   std::vector<Token> tokens(largest, 0);
   std::vector<int32_t> positions(largest), table(pool_.total());
@@ -226,7 +228,7 @@ void Engine::Impl::flush(SeqId id) {
   } else {
     std::erase(idle_, &seq);
   }
-  pool_.release(seq.blocks);
+  pool_.release(seq.held());
   sequences_.erase(id);
 }
 
@@ -275,7 +277,7 @@ std::string Engine::Impl::check() const {
   int32_t holders = 0;
   for (const auto& [id, owned] : sequences_) {
     const Sequence& seq = *owned;
-    tables.emplace_back(seq.blocks);
+    tables.push_back(seq.held());
     const bool live = seq.finish == Finish::kNone;
     holders += live && !seq.blocks.empty();
     const auto& list = live ? live_ : idle_;
@@ -287,6 +289,11 @@ std::string Engine::Impl::check() const {
     const auto held = static_cast<int32_t>(seq.blocks.size());
     if (held != ceil_div(seq.computed, config_.block_size)) {
       return cat("sequence ", id, " holds ", held, " blocks for ", seq.computed, " tokens");
+    }
+    const bool none = std::all_of(seq.blocks.begin(), seq.blocks.begin() + seq.behind,
+                                  [](BlockId block) { return block == kNoBlock; });
+    if (!none || seq.behind > pool_.first_seen(seq.computed, window_)) {
+      return cat("sequence ", id, " has given back ", seq.behind, " blocks with ", seq.computed, " tokens computed");
     }
   }
   if (live_.size() + idle_.size() != sequences_.size()) return "a list names a sequence that is gone";

@@ -61,6 +61,7 @@ class Engine::Impl {
   void check_plan(const StepPlan& plan);
   Sequence& find_near(SeqId id, size_t& next) const;
   void drop_blocks(Sequence& seq);
+  void give_back_behind(Sequence& seq);
   void reserve(const StepPlan& plan);
   void unreserve();
   void run();
@@ -76,8 +77,10 @@ class Engine::Impl {
   std::unique_ptr<Backend> backend_;
   Sizing sizing_;
   DeviceBuffer weight_memory_, kv_memory_, workspace_memory_;
+  WeightPlaces weight_places_;   // while they are loaded
   DecoderWeights weights_;
   std::unique_ptr<Decoder> decoder_;
+  int32_t window_;                // tokens that the widest attention window sees; 0: all
   KvPool pool_;
   BlockKeyer keyer_;
 

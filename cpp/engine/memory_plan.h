@@ -19,6 +19,12 @@ struct Sizing {
 /// Throws ConfigError for a value out of range, MemoryError (with the plan) if it does not fit.
 Sizing size_engine(const ModelConfig& model, const EngineConfig& config, const Backend& backend);
 
+/// Tokens that the widest attention window of the model sees; 0: all before it, in some layer.
+int32_t kv_window(const ModelConfig& model);
+
+/// The KV cache of an engine with `blocks` blocks.
+KvShape kv_shape(const ModelConfig& model, const EngineConfig& config, int32_t blocks);
+
 /// Throws ConfigError, naming the field, if a value is out of range.
 void validate(const EngineConfig& config, const ModelConfig& model);
 

@@ -72,9 +72,11 @@ const StepOutput& Engine::Impl::step(const StepPlan* plan) {
 void Engine::Impl::attach_prefix(Sequence& seq) {
   if (!pool_.prefix_caching() || seq.computed > 0 || seq.wants_prompt_logprobs()) return;
   const auto keys = seq.keys_to(seq.known() - 1, config_.block_size, keyer_);
-  const int32_t found = pool_.match(keys);
+  const int32_t found = pool_.match(keys, window_);
   if (found == 0) return;
-  pool_.share(keys.first(found), seq.blocks);
+  seq.behind = pool_.first_seen(found * config_.block_size, window_);
+  seq.blocks.assign(seq.behind, kNoBlock);
+  pool_.share(keys.subspan(seq.behind, found - seq.behind), seq.blocks);
   seq.computed = seq.attached = found * config_.block_size;
   ++holders_;
 }
@@ -85,7 +87,7 @@ void Engine::Impl::make_views(std::vector<SeqView>& out, int64_t tokens) {
   out.clear();
   viewed_.clear();
   const auto add = [&](Sequence& seq, int32_t known) {
-    out.push_back({seq.id, known, seq.computed, static_cast<int32_t>(seq.blocks.size()), 0, seq.priority});
+    out.push_back({seq.id, known, seq.computed, static_cast<int32_t>(seq.blocks.size()), 0, seq.priority, seq.behind});
     viewed_.push_back(&seq);
   };
   int32_t holders = holders_;
@@ -111,7 +113,7 @@ void Engine::Impl::make_views(std::vector<SeqView>& out, int64_t tokens) {
 }
 
 void Engine::Impl::count_shared(std::vector<SeqView>& views) const {
-  for (size_t i = 0; i < views.size(); ++i) views[i].shared = pool_.shared(viewed_[i]->blocks);
+  for (size_t i = 0; i < views.size(); ++i) views[i].shared = pool_.shared(viewed_[i]->held());
 }
 
 void Engine::Impl::check_plan(const StepPlan& plan) {
@@ -125,7 +127,7 @@ void Engine::Impl::check_plan(const StepPlan& plan) {
   for (SeqId id : plan.preempt) {
     const Sequence& seq = find(id);
     if (seq.blocks.empty()) refuse("sequence ", id, " to preempt holds no blocks");
-    tables_.emplace_back(seq.blocks);
+    tables_.push_back(seq.held());
     named_.push_back(id);
   }
   for (const Chunk& chunk : plan.chunks) {
@@ -147,9 +149,9 @@ void Engine::Impl::check_plan(const StepPlan& plan) {
 
 void Engine::Impl::drop_blocks(Sequence& seq) {
   if (seq.blocks.empty()) return;
-  pool_.release(seq.blocks);
+  pool_.release(seq.held());
   seq.blocks.clear();
-  seq.computed = seq.attached = 0;
+  seq.computed = seq.attached = seq.behind = 0;
   if (seq.finish == Finish::kNone) --holders_;
 }
 
@@ -253,12 +255,23 @@ void Engine::Impl::commit_chunk(const Scheduled& chunk) {
   output_.cached_tokens += std::exchange(seq.attached, 0);
   const int32_t full_before = seq.computed / config_.block_size;
   seq.computed += chunk.tokens;
-  if (!pool_.prefix_caching() || seq.finish == Finish::kError) return;
-  if (seq.computed / config_.block_size == full_before) return;
-  const auto keys = seq.keys_to(seq.computed, config_.block_size, keyer_);
-  for (auto i = static_cast<size_t>(full_before); i < keys.size(); ++i) {
-    seq.blocks[i] = pool_.publish(seq.blocks[i], keys[i]);
+  if (seq.finish == Finish::kError) return;
+  if (pool_.prefix_caching() && seq.computed / config_.block_size > full_before) {
+    const auto keys = seq.keys_to(seq.computed, config_.block_size, keyer_);
+    for (auto i = static_cast<size_t>(full_before); i < keys.size(); ++i) {
+      seq.blocks[i] = pool_.publish(seq.blocks[i], keys[i]);
+    }
   }
+  give_back_behind(seq);
+}
+
+/// Blocks that the next token sees in no layer any more; what they hold may be found by others as long as it lasts.
+void Engine::Impl::give_back_behind(Sequence& seq) {
+  const int32_t first = pool_.first_seen(seq.computed, window_);
+  if (first <= seq.behind) return;
+  pool_.release(seq.held().first(first - seq.behind));
+  std::fill(seq.blocks.begin() + seq.behind, seq.blocks.begin() + first, kNoBlock);
+  seq.behind = first;
 }
 
 Finish Engine::Impl::finish_of(const Sequence& seq, Token token) const {

@@ -59,9 +59,16 @@ void KvPool::release(std::span<const BlockId> table) {
   }
 }
 
-int32_t KvPool::match(std::span<const BlockKey> keys) const {
+int32_t KvPool::match(std::span<const BlockKey> keys, int32_t window) const {
   int32_t found = 0;
-  while (found < static_cast<int32_t>(keys.size()) && index_.find(keys[found]) >= 0) ++found;
+  int32_t run_begin = 0;   // of the cached blocks in one run up to here
+  for (int32_t end = 1; end <= static_cast<int32_t>(keys.size()); ++end) {
+    if (index_.find(keys[end - 1]) < 0) {
+      if (window == 0) break;
+      run_begin = end;
+    }
+    if (run_begin < end && run_begin <= first_seen(end * block_size_, window)) found = end;
+  }
   return found;
 }
 

@@ -1,6 +1,7 @@
 // The KV block manager: fixed-size blocks, reference counts, prefix cache with LRU eviction.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -12,6 +13,8 @@
 namespace splitfuse {
 
 using BlockId = int32_t;
+/// In a block table: no block, because no attention window reaches back to it.
+inline constexpr BlockId kNoBlock = -1;
 
 /// Hands out block numbers; the memory behind them is the backend's. A block is held (references > 0),
 /// cached (no references, but its content has a key: evictable, least recently released first), or free.
@@ -33,8 +36,13 @@ class KvPool {
   bool allocate(int32_t count, std::vector<BlockId>& table);
   /// Drops one reference of each, last block first, so that a chain is later evicted from its end.
   void release(std::span<const BlockId> table);
-  /// How many leading keys are in the cache.
-  int32_t match(std::span<const BlockKey> keys) const;
+  /// The first block that a token at `position` sees through windows of `window` tokens; 0: everything.
+  int32_t first_seen(int32_t position, int32_t window) const {
+    return window == 0 ? 0 : std::max(0, position - window + 1) / block_size_;
+  }
+  /// The most leading keys after which a sequence can go on: those that the next token sees through windows of
+  /// `window` tokens (0: all) are in the cache.
+  int32_t match(std::span<const BlockKey> keys, int32_t window = 0) const;
   /// Appends the blocks of keys that match() found, one reference more on each.
   void share(std::span<const BlockKey> keys, std::vector<BlockId>& table);
   /// Makes a full, held block findable, and says which block to hold from now on: if another block has that

@@ -50,11 +50,11 @@ class Planner {
   void preempt(const SeqView& seq) {
     if (seq.blocks == 0) return;
     out_.preempt.push_back(seq.id);
-    free_ += seq.blocks - seq.shared;
+    free_ += seq.own();
   }
   /// Nobody but the first holds anything any more: blocks its victims shared among themselves, which
   /// no single preemption counted, are free too.
-  void settle_first() { free_ = limits_.total_blocks - order_[0].blocks; }
+  void settle_first() { free_ = limits_.total_blocks - (order_[0].blocks - order_[0].behind); }
 
   void plan_decode(size_t i) {
     const SeqView& seq = order_[i];

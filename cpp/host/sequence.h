@@ -27,6 +27,7 @@ struct Sequence {
   int32_t attached = 0;               // of computed, taken from the prefix cache since it last ran
   int32_t reported = 1;               // prompt positions below it need no prompt log-probability any more
   std::vector<BlockId> blocks;        // the block table
+  int32_t behind = 0;                 // its leading entries that every attention window has passed: none of ours
   BlockKey root;                      // names the cache salt
   std::vector<BlockKey> keys;         // of the leading full blocks of `tokens`
   int32_t preemptions = 0;
@@ -36,6 +37,8 @@ struct Sequence {
   int32_t known() const { return static_cast<int32_t>(tokens.size()); }
   int32_t output() const { return known() - prompt; }
   int32_t todo() const { return finish == Finish::kNone ? known() - computed : 0; }
+  /// The part of the table whose blocks it holds.
+  std::span<const BlockId> held() const { return std::span(blocks).subspan(behind); }
   bool wants_prompt_logprobs() const { return params.prompt_logprobs >= 0; }
 
   /// The key of each full block among the first `length` tokens, extended as far as needed.

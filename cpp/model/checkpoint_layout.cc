@@ -31,6 +31,10 @@ std::vector<StoredPart> parts_of(const LaidOut& tensor, DType dtype) {
 }  // namespace
 
 WeightFormat matrix_format(const std::string& name, WeightFormat quantize) {
+  // What chooses, or is only added, is small beside the rest.
+  if (name.ends_with(".router.weight") || name.ends_with(".shared_gate.weight") || name == "embed_positions.weight") {
+    return WeightFormat::kDense;
+  }
   const bool table = name == "embed.weight" || name == "lm_head.weight";
   return table && quantize == WeightFormat::kInt4 ? WeightFormat::kInt8 : quantize;
 }

@@ -257,7 +257,7 @@ SafetensorsHeader read_safetensors_header(const std::string& file) {
   const SafetensorsFile opened(file);
   SafetensorsHeader header;
   for (const StoredTensor& tensor : opened.tensors())
-    header.tensors.push_back({tensor.name, tensor.dtype, tensor.shape});
+    header.tensors.push_back({tensor.name, tensor.dtype, tensor.shape, tensor.begin});
   header.metadata = opened.metadata();
   return header;
 }

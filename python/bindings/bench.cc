@@ -86,11 +86,15 @@ Prepared prepare(const std::string& dtype, int threads, const std::string& isa, 
 
 py::dict linear_us(int32_t n, int32_t k, bool gated, int32_t rows, const std::string& dtype, const std::string& format,
                    int threads, const std::string& isa, double seconds, bool cold) {
-  const AttentionShape shape = {{1, 1, 8, 16, 1}, 1, 1.0f, std::vector<float>(4, 1.0f)};
+  AttentionShape shape;
+  shape.kv = {1, 1, 8, 16, 1};
+  shape.heads = 1;
+  shape.layers.resize(1);
   Prepared prepared = prepare(dtype, threads, isa, shape, {rows, 1, 16, 1, 1, k});
   Backend& backend = *prepared.backend;
   Linear linear;
-  static_cast<LinearShape&>(linear) = {n, k, false, gated, weight_format_from_name(format)};
+  static_cast<LinearShape&>(linear) = {
+      n, k, false, gated, weight_format_from_name(format), gated ? Activation::kSilu : Activation::kNone};
   const int64_t bytes = backend.linear_bytes(linear);
   const int64_t copies = cold ? kColdBytes / bytes + 1 : 1;
   DeviceBuffer weights = backend.allocate(bytes * copies);
@@ -106,7 +110,7 @@ py::dict linear_us(int32_t n, int32_t k, bool gated, int32_t rows, const std::st
   const Times times = time_calls(seconds, [&] {
     linear.data = weights.data() + turn++ % copies * bytes;
     if (gated) {
-      backend.linear_gated(linear, in.data(), rows, out.data());
+      backend.linear_act(linear, in.data(), rows, out.data());
     } else {
       backend.linear(linear, in.data(), rows, reinterpret_cast<float*>(out.data()));
     }
@@ -122,13 +126,17 @@ py::dict attention_us(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t
   const int32_t blocks = ceil_div(length, block_size);
   const int32_t rows = seqs * chunk;
   const int32_t columns = (heads + 2 * kv_heads) * head_dim;
-  AttentionShape shape = {{1, kv_heads, head_dim, block_size, blocks * seqs, kv_dtype_from_name(kv_dtype)},
-                          heads,
-                          0.125f,
-                          std::vector<float>(static_cast<size_t>(head_dim) / 2, 0.01f)};
+  AttentionShape shape;
+  shape.kv = {1, kv_heads, head_dim, block_size, blocks * seqs, kv_dtype_from_name(kv_dtype)};
+  shape.heads = heads;
+  shape.scale = 0.125f;
+  shape.ropes = {{std::vector<float>(static_cast<size_t>(head_dim / 2), 0.01f)}};
   const int64_t layer_bytes =
       blocks * seqs * make_cpu_backend(dtype_from_name(dtype), threads, isa)->kv_block_bytes(shape.kv);
   shape.kv.layers = cold ? static_cast<int32_t>(kColdBytes / layer_bytes) + 1 : 1;
+  AttentionLayer layer;
+  layer.rope = 0;
+  shape.layers.assign(static_cast<size_t>(shape.kv.layers), layer);
   Prepared prepared = prepare(dtype, threads, isa, shape, {rows, seqs, length, 1, 1});
   Backend& backend = *prepared.backend;
 
@@ -152,7 +160,7 @@ py::dict attention_us(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t
     for (int32_t row = 0; row < rows; ++row) positions[static_cast<size_t>(row)] = computed + row % chunk;
     backend.begin({tokens, positions, ragged, {}});
     for (int32_t layer = 0; layer < shape.kv.layers; ++layer) {
-      backend.rope_write_kv(reinterpret_cast<const float*>(qkv.data()), layer, q.data());
+      backend.rope_write_kv(reinterpret_cast<float*>(qkv.data()), layer, q.data());
     }
   }
   int32_t turn = 0;

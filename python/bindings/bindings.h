@@ -17,6 +17,7 @@ void register_weights(pybind11::module_& module);
 void register_engine(pybind11::module_& module);
 void register_testing(pybind11::module_& module);
 void register_engine_testing(pybind11::module_& module);
+void register_experts_testing(pybind11::module_& module);
 void register_bench(pybind11::module_& module);
 
 /// Sets attributes from keyword arguments; a name the type does not have is a TypeError.

@@ -46,6 +46,20 @@ void def_dtype(Class& type, const char* name, DType T::* field) {
       [field](T& self, const std::string& value) { self.*field = dtype_from_name(value); });
 }
 
+/// Enumerators are words in Python.
+template <class T, class Enum, class Class>
+void def_word(Class& type, const char* name, Enum T::* field) {
+  type.def_property(
+      name, [field](const T& self) { return config_word(self.*field); },
+      [field, name](T& self, const std::string& value) {
+        try {
+          self.*field = config_enum<Enum>(value);
+        } catch (const ConfigError& error) {
+          throw ConfigError(std::string(name) + ": " + error.what());
+        }
+      });
+}
+
 /// T(**fields)
 template <class T>
 py::class_<T> def_data(py::module_& module, const char* name) {
@@ -61,20 +75,46 @@ py::class_<T> def_data(py::module_& module, const char* name) {
   return type;
 }
 
-}  // namespace
-
-void register_config(py::module_& module) {
+void register_parts(py::module_& module) {
   def_data<RopeConfig>(module, "RopeConfig")
-      .def_readwrite("scaling", &RopeConfig::scaling)
-      .def_readwrite("theta", &RopeConfig::theta)
-      .def_readwrite("factor", &RopeConfig::factor)
-      .def_readwrite("low_freq_factor", &RopeConfig::low_freq_factor)
-      .def_readwrite("high_freq_factor", &RopeConfig::high_freq_factor)
-      .def_readwrite("original_max_position", &RopeConfig::original_max_position)
+      .def_readwrite("inv_freq", &RopeConfig::inv_freq)
+      .def_readwrite("magnitude", &RopeConfig::magnitude)
+      .def_readwrite("long_from", &RopeConfig::long_from)
+      .def_readwrite("long_inv_freq", &RopeConfig::long_inv_freq)
+      .def_readwrite("long_magnitude", &RopeConfig::long_magnitude)
       .def(py::self == py::self);
 
-  def_data<ModelConfig>(module, "ModelConfig")
-      .def_readwrite("family", &ModelConfig::family)
+  def_data<LayerConfig>(module, "LayerConfig")
+      .def_readwrite("window", &LayerConfig::window)
+      .def_readwrite("rope", &LayerConfig::rope)
+      .def_readwrite("moe", &LayerConfig::moe)
+      .def(py::self == py::self);
+
+  auto moe = def_data<MoeConfig>(module, "MoeConfig");
+  def_word(moe, "scoring", &MoeConfig::scoring);
+  moe.def_readwrite("experts", &MoeConfig::experts)
+      .def_readwrite("top_k", &MoeConfig::top_k)
+      .def_readwrite("intermediate_size", &MoeConfig::intermediate_size)
+      .def_readwrite("normalize", &MoeConfig::normalize)
+      .def_readwrite("scale", &MoeConfig::scale)
+      .def_readwrite("groups", &MoeConfig::groups)
+      .def_readwrite("top_groups", &MoeConfig::top_groups)
+      .def_readwrite("correction", &MoeConfig::correction)
+      .def_readwrite("router_bias", &MoeConfig::router_bias)
+      .def_readwrite("expert_bias", &MoeConfig::expert_bias)
+      .def_readwrite("shared_intermediate_size", &MoeConfig::shared_intermediate_size)
+      .def_readwrite("shared_gate", &MoeConfig::shared_gate)
+      .def(py::self == py::self);
+}
+
+void register_model(py::module_& module) {
+  auto model = def_data<ModelConfig>(module, "ModelConfig");
+  def_word(model, "norm", &ModelConfig::norm);
+  def_word(model, "norm_place", &ModelConfig::norm_place);
+  def_word(model, "parallel", &ModelConfig::parallel);
+  def_word(model, "qk_norm", &ModelConfig::qk_norm);
+  def_word(model, "activation", &ModelConfig::activation);
+  model.def_readwrite("family", &ModelConfig::family)
       .def_readwrite("vocab_size", &ModelConfig::vocab_size)
       .def_readwrite("hidden_size", &ModelConfig::hidden_size)
       .def_readwrite("num_layers", &ModelConfig::num_layers)
@@ -83,16 +123,42 @@ void register_config(py::module_& module) {
       .def_readwrite("head_dim", &ModelConfig::head_dim)
       .def_readwrite("intermediate_size", &ModelConfig::intermediate_size)
       .def_readwrite("max_position", &ModelConfig::max_position)
+      .def_readwrite("ropes", &ModelConfig::ropes)
+      .def_readwrite("layers", &ModelConfig::layers)
+      .def_readwrite("embed_size", &ModelConfig::embed_size)
+      .def_readwrite("embed_scale", &ModelConfig::embed_scale)
+      .def_readwrite("embed_norm", &ModelConfig::embed_norm)
+      .def_readwrite("learned_positions", &ModelConfig::learned_positions)
+      .def_readwrite("position_offset", &ModelConfig::position_offset)
+      .def_readwrite("norm_bias", &ModelConfig::norm_bias)
+      .def_readwrite("final_norm", &ModelConfig::final_norm)
       .def_readwrite("norm_eps", &ModelConfig::norm_eps)
-      .def_readwrite("tie_embeddings", &ModelConfig::tie_embeddings)
-      .def_readwrite("attention_bias", &ModelConfig::attention_bias)
+      .def_readwrite("residual_scale", &ModelConfig::residual_scale)
+      .def_readwrite("attention_scale", &ModelConfig::attention_scale)
+      .def_readwrite("attention_softcap", &ModelConfig::attention_softcap)
+      .def_readwrite("alibi_slopes", &ModelConfig::alibi_slopes)
+      .def_readwrite("attention_sinks", &ModelConfig::attention_sinks)
+      .def_readwrite("qkv_bias", &ModelConfig::qkv_bias)
+      .def_readwrite("o_bias", &ModelConfig::o_bias)
+      .def_readwrite("gated", &ModelConfig::gated)
       .def_readwrite("mlp_bias", &ModelConfig::mlp_bias)
-      .def_readwrite("rope", &ModelConfig::rope)
+      .def_readwrite("moe", &ModelConfig::moe)
+      .def_readwrite("tie_embeddings", &ModelConfig::tie_embeddings)
+      .def_readwrite("lm_head_bias", &ModelConfig::lm_head_bias)
+      .def_readwrite("logit_scale", &ModelConfig::logit_scale)
+      .def_readwrite("logit_softcap", &ModelConfig::logit_softcap)
       .def_readwrite("eos_token_ids", &ModelConfig::eos_token_ids)
       .def("validate", [](const ModelConfig& self) { validate(self); })
       .def("to_json", [](const ModelConfig& self) { return to_json(self); })
       .def_static("from_json", &model_config_from_json, py::arg("text"))
       .def(py::self == py::self);
+}
+
+}  // namespace
+
+void register_config(py::module_& module) {
+  register_parts(module);
+  register_model(module);
 
   auto engine = def_data<EngineConfig>(module, "EngineConfig");
   def_dtype(engine, "dtype", &EngineConfig::dtype);
@@ -133,6 +199,7 @@ void register_config(py::module_& module) {
       .def_readwrite("logprobs", &SamplingParams::logprobs)
       .def_readwrite("prompt_logprobs", &SamplingParams::prompt_logprobs);
 
+  module.def("rope_frequencies", &rope_frequencies, py::arg("theta"), py::arg("dims"));
   module.def("cpu_isas", &cpu_isas);
   module.def("usable_cores", &usable_cores);
 }

@@ -80,18 +80,21 @@ std::vector<Token> tokens_from(const py::object& object) {
 
 void register_plan(py::module_& module) {
   py::class_<SeqView>(module, "SeqView")
-      .def(py::init<SeqId, int32_t, int32_t, int32_t, int32_t, int32_t>(), py::arg("id"), py::arg("known"),
-           py::arg("computed"), py::arg("blocks") = 0, py::arg("shared") = 0, py::arg("priority") = 0)
+      .def(py::init<SeqId, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t>(), py::arg("id"), py::arg("known"),
+           py::arg("computed"), py::arg("blocks") = 0, py::arg("shared") = 0, py::arg("priority") = 0,
+           py::arg("behind") = 0)
       .def_readwrite("id", &SeqView::id)
       .def_readwrite("known", &SeqView::known)
       .def_readwrite("computed", &SeqView::computed)
       .def_readwrite("blocks", &SeqView::blocks)
       .def_readwrite("shared", &SeqView::shared)
+      .def_readwrite("behind", &SeqView::behind)
+      .def_property_readonly("own", &SeqView::own)
       .def_readwrite("priority", &SeqView::priority)
       .def(py::self == py::self)
       .def("__repr__", [](const SeqView& view) {
-        return py::str("SeqView(id={}, known={}, computed={}, blocks={}, shared={}, priority={})")
-            .format(view.id, view.known, view.computed, view.blocks, view.shared, view.priority);
+        return py::str("SeqView(id={}, known={}, computed={}, blocks={}, shared={}, priority={}, behind={})")
+            .format(view.id, view.known, view.computed, view.blocks, view.shared, view.priority, view.behind);
       });
   py::class_<Limits>(module, "Limits")
       .def(py::init<int32_t, int32_t, int32_t, int32_t, int32_t>(), py::arg("max_tokens"), py::arg("max_seqs"),

@@ -10,5 +10,6 @@ PYBIND11_MODULE(_core, module) {
   register_engine(module);
   register_testing(module);
   register_engine_testing(module);
+  register_experts_testing(module);
   register_bench(module);
 }

@@ -7,52 +7,15 @@
 #include <optional>
 
 #include "backend/backend.h"
-#include "base/check.h"
-#include "base/integer_rows.h"
-#include "base/numeric.h"
 #include "bindings.h"
+#include "testing_arrays.h"
+#include "testing_attention.h"
 
 namespace py = pybind11;
 using namespace splitfuse;
+using namespace splitfuse::testing;
 
 namespace {
-
-using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
-constexpr int kPoison = 0xff;   // NaN in every format, when all bytes are this
-
-int32_t rows_of(const py::array& array) { return static_cast<int32_t>(array.shape(0)); }
-int32_t columns_of(const py::array& array) { return static_cast<int32_t>(array.shape(1)); }
-
-void need(bool holds, const char* what) {
-  if (!holds) throw InvalidArgument(what);
-}
-
-/// float32, float16, or uint16 for the bits of bfloat16.
-TensorView tensor_of(const py::array& array) {
-  need((array.flags() & py::array::c_style) != 0, "an array must be C-contiguous");
-  TensorView view;
-  if (array.dtype().is(py::dtype::of<float>())) {
-    view.dtype = DType::kF32;
-  } else if (array.dtype().is(py::dtype::of<uint16_t>())) {
-    view.dtype = DType::kBF16;
-  } else if (array.dtype().is(py::dtype("float16"))) {
-    view.dtype = DType::kF16;
-  } else {
-    throw InvalidArgument("an array must be of float32, float16, or uint16 (the bits of bfloat16)");
-  }
-  view.shape.assign(array.shape(), array.shape() + array.ndim());
-  view.data = array.data();
-  return view;
-}
-
-/// A matrix of floats, or of integers as callback_source() takes them.
-struct Given {
-  explicit Given(const py::object& w) : view(view_of("w", w, keep)) {
-    need(view.shape.size() == 2, "a weight must be [n, k]");
-  }
-  std::vector<py::array> keep;
-  TensorView view;
-};
 
 struct SeqChunk {
   int32_t computed;
@@ -66,7 +29,8 @@ class Ops {
       : backend_(make_cpu_backend(dtype_from_name(dtype), threads, isa)), format_(weight_format_from_name(format)) {
     shape_.kv = {.layers = 1, .kv_heads = 1, .head_dim = 8, .block_size = 16, .blocks = 1};
     shape_.heads = 1;
-    shape_.inv_freq.assign(4, 1.0f);
+    shape_.ropes = {{std::vector<float>(4), 1.0f}};
+    shape_.layers.resize(1);
     prepare(1, 1);
   }
 
@@ -90,42 +54,86 @@ class Ops {
     return out.result();
   }
 
+  Floats linear_act(const py::object& w, const std::optional<py::array>& bias, const Floats& x,
+                    const std::string& activation) {
+    return act(Packed(*backend_, format_, w, bias, 1, config_enum<Activation>(activation)), x);
+  }
+
   Floats linear_gated(const py::object& g, const py::object& u, const std::optional<py::array>& gb,
-                      const std::optional<py::array>& ub, const Floats& x) {
-    Packed packed(*backend_, format_, g, u, gb, ub);
-    Matrix in = activations(x);
-    Matrix out = poisoned(in.rows, packed.linear.n, backend_->dtype());
-    backend_->linear_gated(packed.linear, in.data(), in.rows, out.data());
-    return out.result();
+                      const std::optional<py::array>& ub, const Floats& x, const std::string& activation) {
+    return act(Packed(*backend_, format_, g, u, gb, ub, config_enum<Activation>(activation)), x);
   }
 
-  Floats embed(const py::object& table, const std::vector<Token>& ids) {
+  Floats embed(const py::object& table, const std::vector<Token>& ids, float scale) {
     Packed packed(*backend_, format_, table, std::nullopt, 1);
-    begin_rows(ids);
+    begin_rows(ids.size());
+    backend_->begin({ids, positions_, {}, {}});
     Matrix out = poisoned(static_cast<int32_t>(ids.size()), packed.linear.k, DType::kF32);
-    backend_->embed(packed.linear, out.floats());
+    backend_->embed(packed.linear, scale, out.floats());
     return out.result();
   }
 
-  Floats rms_norm(const Floats& x, const Floats& weight, float eps, const std::optional<std::vector<int32_t>>& rows) {
-    Matrix in(*backend_, rows_of(x), columns_of(x), DType::kF32);
-    in.fill(x);
-    need(weight.size() == in.columns, "weight must be [columns of x]");
-    begin_rows(std::vector<Token>(static_cast<size_t>(in.rows)));
-    DeviceBuffer scale = backend_->allocate(row_stride(in.columns) * int64_t{sizeof(float)});
-    backend_->upload(tensor_of(weight), reinterpret_cast<float*>(scale.data()));
+  Floats embed_positions(const py::object& table, const std::vector<int32_t>& positions, int32_t offset,
+                         const Floats& x) {
+    Packed packed(*backend_, format_, table, std::nullopt, 1);
+    begin_rows(positions.size());
+    positions_ = positions;
+    backend_->begin({tokens_, positions_, {}, {}});
+    Matrix out = poisoned(rows_of(x), packed.linear.k, DType::kF32);
+    out.fill(x);
+    backend_->embed_positions(packed.linear, offset, out.floats());
+    return out.result();
+  }
+
+  Floats norm(const Floats& x, const std::optional<Floats>& weight, float eps,
+              const std::optional<std::vector<int32_t>>& rows, const std::optional<Floats>& bias,
+              const std::string& kind) {
+    Matrix in = floats(x);
+    const NormOf norm(*backend_, in.columns, weight, bias, eps, kind);
     Matrix out = poisoned(rows ? static_cast<int32_t>(rows->size()) : in.rows, in.columns, backend_->dtype());
     std::span<const int32_t> chosen;
     if (rows) chosen = *rows;
-    backend_->rms_norm(in.floats(), reinterpret_cast<const float*>(scale.data()), eps, in.columns, chosen, out.data());
+    begin_rows(static_cast<size_t>(in.rows));
+    backend_->norm(norm.norm, in.floats(), chosen, out.data());
+    return out.result();
+  }
+
+  Floats norm_in_place(const Floats& x, const std::optional<Floats>& weight, float eps,
+                       const std::optional<Floats>& bias, const std::string& kind) {
+    const NormOf norm(*backend_, columns_of(x), weight, bias, eps, kind);
+    Matrix out = poisoned(rows_of(x), columns_of(x), DType::kF32);
+    out.fill(x);
+    begin_rows(static_cast<size_t>(out.rows));
+    backend_->norm_in_place(norm.norm, out.floats());
+    return out.result();
+  }
+
+  Floats add(const Floats& x, const Floats& y, float scale, const std::optional<Floats>& weight, float eps,
+             const std::optional<Floats>& bias, const std::string& kind) {
+    Matrix in = floats(y);
+    const NormOf norm(*backend_, in.columns, weight, bias, eps, kind);
+    Matrix out = poisoned(in.rows, in.columns, DType::kF32);
+    out.fill(x);
+    begin_rows(static_cast<size_t>(in.rows));
+    backend_->add(norm.norm, in.floats(), scale, out.floats());
+    return out.result();
+  }
+
+  Floats scale_logits(const Floats& logits, float scale, float softcap) {
+    prepare(rows_of(logits), columns_of(logits));
+    Matrix out = poisoned(rows_of(logits), columns_of(logits), DType::kF32);
+    out.fill(logits);
+    backend_->scale_logits(out.floats(), out.rows, scale, softcap);
     return out.result();
   }
 
   Floats paged(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t block_size, int32_t blocks,
                const std::vector<float>& inv_freq, const std::vector<SeqChunk>& chunks, const Floats& qkv,
-               std::optional<float> scale, int32_t layers, int32_t layer, const std::string& kv_dtype) {
+               std::optional<float> scale, int32_t layers, int32_t layer, const std::string& kv_dtype,
+               const py::kwargs& more) {
     const KvShape kv = {layers, kv_heads, head_dim, block_size, blocks, kv_dtype_from_name(kv_dtype)};
-    use_cache(kv, heads, inv_freq, scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim))));
+    const float factor = scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim)));
+    use_cache(kv, attention_options(heads, factor, layers, inv_freq, more));
     std::vector<RaggedSeq> seqs;
     std::vector<int32_t> positions;
     for (const SeqChunk& chunk : chunks) {
@@ -195,91 +203,29 @@ class Ops {
   }
 
  private:
-  /// Rows of row_stride(columns) elements on the device, zero at first.
-  struct Matrix {
-    Matrix(Backend& backend, int32_t row_count, int32_t column_count, DType format)
-        : rows(row_count), columns(column_count), dtype(format), stride(row_stride(column_count) * dtype_size(format)),
-          buffer(backend.allocate(std::max<int64_t>(row_count * stride, 1))) {}
-
-    void* data() { return buffer.data(); }
-    float* floats() { return reinterpret_cast<float*>(buffer.data()); }
-
-    void fill(const Floats& values) {
-      need(values.ndim() == 2 && rows_of(values) == rows && columns_of(values) == columns,
-           "an array has a wrong shape");
-      for (int32_t r = 0; r < rows; ++r) {
-        std::byte* row = buffer.data() + r * stride;
-        for (int32_t c = 0; c < columns; ++c) {
-          if (dtype == DType::kF32) {
-            reinterpret_cast<float*>(row)[c] = values.at(r, c);
-          } else {
-            reinterpret_cast<uint16_t*>(row)[c] = float_to_bf16(values.at(r, c));
-          }
-        }
-      }
-    }
-
-    /// The columns as floats, once the poison beyond them was found whole.
-    Floats result() {
-      Floats values({rows, columns});
-      for (int32_t r = 0; r < rows; ++r) {
-        const std::byte* row = buffer.data() + r * stride;
-        for (int64_t i = columns * dtype_size(dtype); i < stride; ++i) {
-          if (row[i] != std::byte{kPoison})
-            throw Error(cat("the operation wrote beyond column ", columns, " of row ", r));
-        }
-        for (int32_t c = 0; c < columns; ++c) {
-          values.mutable_at(r, c) = dtype == DType::kF32 ? reinterpret_cast<const float*>(row)[c]
-                                                         : bf16_to_float(reinterpret_cast<const uint16_t*>(row)[c]);
-        }
-      }
-      return values;
-    }
-
-    int32_t rows;
-    int32_t columns;
-    DType dtype;
-    int64_t stride;   // bytes
-    DeviceBuffer buffer;
+  /// A Norm and its memory.
+  struct NormOf {
+    NormOf(Backend& backend, int32_t columns, const std::optional<Floats>& w, const std::optional<Floats>& b, float eps,
+           const std::string& kind)
+        : weight(backend, w, columns), bias(backend, b, columns),
+          norm{weight.data(), bias.data(), columns, eps, config_enum<NormKind>(kind)} {}
+    Vector weight, bias;
+    Norm norm;
   };
 
-  /// A Linear and its memory.
-  struct Packed {
-    Packed(Backend& backend, WeightFormat format, const py::object& w, const std::optional<py::array>& bias,
-           int32_t parts) {
-      const Given given(w);
-      make(backend, format, given.view, bias.has_value(), false);
-      fill(backend, Rows::kPlain, given.view, bias, parts);
-    }
-    Packed(Backend& backend, WeightFormat format, const py::object& g, const py::object& u,
-           const std::optional<py::array>& gb, const std::optional<py::array>& ub) {
-      need(gb.has_value() == ub.has_value(), "gate and up must both have a bias, or neither");
-      const Given gate(g);
-      make(backend, format, gate.view, gb.has_value(), true);
-      fill(backend, Rows::kGate, gate.view, gb, 1);
-      fill(backend, Rows::kUp, Given(u).view, ub, 1);
-    }
+  Floats act(const Packed& packed, const Floats& x) {
+    Matrix in = activations(x);
+    Matrix out = poisoned(in.rows, packed.linear.n, backend_->dtype());
+    backend_->linear_act(packed.linear, in.data(), in.rows, out.data());
+    return out.result();
+  }
 
-    void make(Backend& backend, WeightFormat format, const TensorView& w, bool bias, bool gated) {
-      static_cast<LinearShape&>(linear) = {static_cast<int32_t>(w.shape[0]), static_cast<int32_t>(w.shape[1]), bias,
-                                           gated, format};
-      buffer = backend.allocate(backend.linear_bytes(linear));
-      linear.data = buffer.data();
-    }
-    /// In `parts` runs of rows, as q, k and v are packed into one linear.
-    void fill(Backend& backend, Rows which, const TensorView& weights, const std::optional<py::array>& bias,
-              int32_t parts) {
-      for (int32_t i = 0; i < parts; ++i) {
-        const auto begin = static_cast<int32_t>(weights.shape[0] * i / parts);
-        const auto end = static_cast<int32_t>(weights.shape[0] * (i + 1) / parts);
-        backend.pack(linear, which, begin, row_range(weights, begin, end - begin));
-      }
-      if (bias) backend.pack_bias(linear, which, 0, tensor_of(*bias));
-    }
-
-    Linear linear;
-    DeviceBuffer buffer;
-  };
+  Matrix floats(const Floats& x) {
+    need(x.ndim() == 2, "x must be [rows, columns]");
+    Matrix matrix(*backend_, rows_of(x), columns_of(x), DType::kF32);
+    matrix.fill(x);
+    return matrix;
+  }
 
   Matrix activations(const Floats& x) {
     need(x.ndim() == 2, "x must be [rows, columns]");
@@ -294,18 +240,20 @@ class Ops {
     return matrix;
   }
 
-  /// Begins a step of `ids.size()` rows that no attention follows.
-  void begin_rows(const std::vector<Token>& ids) {
-    need(static_cast<int32_t>(ids.size()) <= kMaxRows, "too many rows");
-    positions_.assign(ids.size(), 0);
-    backend_->begin({ids, positions_, {}, {}});
+  /// Begins a step of `rows` rows that no attention follows.
+  void begin_rows(size_t rows) {
+    need(static_cast<int32_t>(rows) <= kMaxRows, "too many rows");
+    tokens_.assign(rows, 0);
+    positions_.assign(rows, 0);
+    backend_->begin({tokens_, positions_, {}, {}});
   }
 
   /// Keeps the KV cache while its shape stays the same; another shape begins with an empty one.
-  void use_cache(const KvShape& kv, int32_t heads, const std::vector<float>& inv_freq, float scale) {
+  void use_cache(const KvShape& kv, const AttentionOptions& attention) {
     const bool same = shape_.kv == kv;
-    if (same && shape_.heads == heads && shape_.inv_freq == inv_freq && shape_.scale == scale) return;
-    shape_ = {kv, heads, scale, inv_freq};
+    if (same && attention_ == attention) return;
+    attention_ = attention;
+    shape_ = attention_.shape(kv);
     if (!same) cache_ = DeviceBuffer();
     prepare(limits_.max_logit_rows, limits_.vocab);
   }
@@ -325,9 +273,11 @@ class Ops {
   static constexpr int32_t kMaxDepth = 8192;
   std::unique_ptr<Backend> backend_;
   WeightFormat format_;
-  AttentionShape shape_;
+  AttentionOptions attention_;
+  AttentionShape shape_;   // points into attention_
   StepLimits limits_;
   DeviceBuffer cache_;
+  std::vector<Token> tokens_;
   std::vector<int32_t> positions_;
 };
 
@@ -344,27 +294,42 @@ void register_testing(py::module_& module) {
            "x [rows, k] w^T + bias; w [n, k] is packed in `parts` runs of rows.")
       .def("linear_add", &Ops::linear_add, py::arg("w"), py::arg("bias"), py::arg("x"), py::arg("acc"),
            "acc [rows, n] + x w^T + bias")
+      .def("linear_act", &Ops::linear_act, py::arg("w"), py::arg("bias"), py::arg("x"), py::arg("activation"),
+           "act(x w^T + bias)")
       .def("linear_gated", &Ops::linear_gated, py::arg("g"), py::arg("u"), py::arg("gb"), py::arg("ub"), py::arg("x"),
-           "silu(x g^T + gb) * (x u^T + ub)")
-      .def("embed", &Ops::embed, py::arg("table"), py::arg("ids"), "Rows `ids` of table [n, k].")
-      .def("rms_norm", &Ops::rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("rows") = none,
-           "x / rms(x) * weight of all rows, or of `rows` closed up.")
+           py::arg("activation") = "silu", "act(x g^T + gb) * (x u^T + ub)")
+      .def("embed", &Ops::embed, py::arg("table"), py::arg("ids"), py::arg("scale") = 1.0f,
+           "scale * rows `ids` of table [n, k].")
+      .def("embed_positions", &Ops::embed_positions, py::arg("table"), py::arg("positions"), py::arg("offset"),
+           py::arg("x"), "x + rows offset + positions of table [n, k].")
+      .def("norm", &Ops::norm, py::arg("x"), py::arg("weight") = none, py::arg("eps") = 1e-5f, py::arg("rows") = none,
+           py::kw_only(), py::arg("bias") = none, py::arg("kind") = "rms",
+           "norm(x) of all rows, or of `rows` closed up, in the format of activations; without a weight x as it is.")
+      .def("norm_in_place", &Ops::norm_in_place, py::arg("x"), py::arg("weight") = none, py::arg("eps") = 1e-5f,
+           py::kw_only(), py::arg("bias") = none, py::arg("kind") = "rms", "norm(x)")
+      .def("add", &Ops::add, py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("weight") = none,
+           py::arg("eps") = 1e-5f, py::kw_only(), py::arg("bias") = none, py::arg("kind") = "rms",
+           "x + scale * norm(y)")
+      .def("scale_logits", &Ops::scale_logits, py::arg("logits"), py::arg("scale"), py::arg("softcap"),
+           "scale * logits, then softcap * tanh(it / softcap) if softcap is not 0.")
       .def(
           "paged",
           [](Ops& self, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t block_size, int32_t blocks,
              const std::vector<float>& inv_freq,
              const std::vector<std::tuple<int32_t, int32_t, std::vector<int32_t>>>& seqs, const Floats& qkv,
-             std::optional<float> scale, int32_t layers, int32_t layer, const std::string& kv_dtype) {
+             std::optional<float> scale, int32_t layers, int32_t layer, const std::string& kv_dtype,
+             const py::kwargs& more) {
             std::vector<SeqChunk> chunks;
             for (const auto& [computed, length, table] : seqs) chunks.push_back({computed, length, table});
             return self.paged(heads, kv_heads, head_dim, block_size, blocks, inv_freq, chunks, qkv, scale, layers,
-                              layer, kv_dtype);
+                              layer, kv_dtype, more);
           },
           py::kw_only(), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size"),
           py::arg("blocks"), py::arg("inv_freq"), py::arg("seqs"), py::arg("qkv"), py::arg("scale") = none,
           py::arg("layers") = 1, py::arg("layer") = 0, py::arg("kv_dtype") = "auto",
           "begin, rope_write_kv and attention of chunks (computed, length, block table) laid end to end: the result\n"
-          "[rows, heads * head_dim]. The KV cache lives on until a call with another cache shape.")
+          "[rows, heads * head_dim]. The KV cache lives on until a call with another cache shape. More arguments are\n"
+          "those of attention_options().")
       .def("kv_cache", &Ops::kv_cache, "The bytes of the KV cache [blocks, bytes of a block], as paged() left them.")
       .def(
           "sample", &Ops::sample, py::arg("logits"), py::arg("rows"),

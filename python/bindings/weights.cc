@@ -152,7 +152,7 @@ void register_weights(py::module_& module) {
         const SafetensorsHeader header = read_safetensors_header(file);
         py::list tensors;
         for (const auto& tensor : header.tensors)
-          tensors.append(py::make_tuple(tensor.name, tensor.dtype, tensor.shape));
+          tensors.append(py::make_tuple(tensor.name, tensor.dtype, tensor.shape, tensor.begin));
         py::dict metadata;
         for (const auto& [key, value] : header.metadata) metadata[py::str(key)] = value;
         return py::make_tuple(tensors, metadata);

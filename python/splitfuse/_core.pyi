@@ -17,24 +17,46 @@ class InvalidArgument(Error, ValueError): ...
 class StateError(Error): ...
 
 class RopeConfig:
-    scaling: str
-    theta: float
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
+    inv_freq: list[float]
+    magnitude: float
+    long_from: int
+    long_inv_freq: list[float]
+    long_magnitude: float
     def __init__(
         self,
         *,
-        scaling: str = "none",
-        theta: float = 10000.0,
-        factor: float = 1.0,
-        low_freq_factor: float = 1.0,
-        high_freq_factor: float = 4.0,
-        original_max_position: int = 8192,
+        inv_freq: Sequence[float] = ...,
+        magnitude: float = 1.0,
+        long_from: int = 0,
+        long_inv_freq: Sequence[float] = ...,
+        long_magnitude: float = 1.0,
     ) -> None: ...
 
+class LayerConfig:
+    window: int
+    rope: int
+    moe: bool
+    def __init__(self, *, window: int = 0, rope: int = 0, moe: bool = False) -> None: ...
+
+class MoeConfig:
+    experts: int
+    top_k: int
+    intermediate_size: int
+    scoring: str
+    normalize: bool
+    scale: float
+    groups: int
+    top_groups: int
+    correction: bool
+    router_bias: bool
+    expert_bias: bool
+    shared_intermediate_size: int
+    shared_gate: bool
+    def __init__(self, **fields: Any) -> None: ...
+
 class ModelConfig:
+    """As `ModelConfig` of splitfuse/config.h. Lists are copies: assign a new one to change them."""
+
     family: str
     vocab_size: int
     hidden_size: int
@@ -44,11 +66,35 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     max_position: int
+    ropes: list[RopeConfig]
+    layers: list[LayerConfig]
+    embed_size: int
+    embed_scale: float
+    embed_norm: bool
+    learned_positions: int
+    position_offset: int
+    norm: str
+    norm_place: str
+    norm_bias: bool
+    final_norm: bool
     norm_eps: float
-    tie_embeddings: bool
-    attention_bias: bool
+    parallel: str
+    residual_scale: float
+    attention_scale: float
+    attention_softcap: float
+    alibi_slopes: list[float]
+    attention_sinks: bool
+    qk_norm: str
+    qkv_bias: bool
+    o_bias: bool
+    activation: str
+    gated: bool
     mlp_bias: bool
-    rope: RopeConfig
+    moe: MoeConfig
+    tie_embeddings: bool
+    lm_head_bias: bool
+    logit_scale: float
+    logit_softcap: float
     eos_token_ids: list[int]
     def __init__(self, **fields: Any) -> None:
         """Any field by name. An unknown field is a TypeError."""
@@ -123,8 +169,8 @@ def callback_source(
     minima of float32 or float16. It is called once per tensor, in the engine's order, while loading. `format`: what
     the source says of itself."""
 
-def read_safetensors_header(file: str) -> tuple[list[tuple[str, str, list[int]]], dict[str, str]]:
-    """([(name, dtype as written, shape)], metadata) of one file, tensors not read."""
+def read_safetensors_header(file: str) -> tuple[list[tuple[str, str, list[int], int]], dict[str, str]]:
+    """([(name, dtype as written, shape, byte where its data begin)], metadata) of one file, tensors not read."""
 
 def open_checkpoint(path: str) -> tuple[ModelConfig, WeightSource]:
     """A canonical checkpoint: the file, or the directory that `splitfuse convert` wrote."""
@@ -150,8 +196,18 @@ class SeqView:
     blocks: int
     shared: int
     priority: int
+    behind: int
+    @property
+    def own(self) -> int: ...
     def __init__(
-        self, id: int, known: int, computed: int, blocks: int = 0, shared: int = 0, priority: int = 0
+        self,
+        id: int,
+        known: int,
+        computed: int,
+        blocks: int = 0,
+        shared: int = 0,
+        priority: int = 0,
+        behind: int = 0,
     ) -> None: ...
 
 class Limits:
@@ -282,6 +338,9 @@ class Engine:
 def plan_memory(model: ModelConfig, config: EngineConfig) -> MemoryPlan: ...
 def chosen_kernels(config: EngineConfig) -> list[tuple[str, str, str]]:
     """(operation, instruction set, number formats and tile) of the kernels that an engine would run."""
+
+def rope_frequencies(theta: float, dims: int) -> list[float]:
+    """theta^(-2i / dims), i = 0 .. dims / 2 - 1, in float32."""
 
 def cpu_isas() -> list[str]:
     """The rungs of the ISA ladder this machine can run, lowest first."""

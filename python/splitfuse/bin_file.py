@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._core import CheckpointError
+from .tensors import Listed
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class BinFiles:
     """The tensors of one or several `.bin` files, mapped where the file allows it."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], where: str) -> None:
+        self.where = where
         self._tensors: dict[str, torch.Tensor] = {}
         for file in files:
             for name, tensor in _load(file).items():
@@ -28,9 +30,10 @@ class BinFiles:
                     raise CheckpointError(f"{file}: tensor {name!r} is in an earlier file too")
                 self._tensors[name] = tensor
 
-    def listing(self) -> list[tuple[str, str, list[int]]]:
-        """(name, dtype as safetensors writes it, shape)"""
-        return [(name, _dtype_name(tensor), list(tensor.shape)) for name, tensor in self._tensors.items()]
+    def listing(self) -> list[Listed]:
+        return [
+            Listed(name, _dtype_name(tensor), tuple(tensor.shape)) for name, tensor in self._tensors.items()
+        ]
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """The tensor as float32, float16, or the bits of bfloat16 (uint16); C-contiguous."""

@@ -39,8 +39,6 @@ _LIMIT = 2**31
 _INT4_BITS, _FLOAT_BITS = 5.0, 16  # bits a weight of Q4_1, the widest of the 4-bit types, and of float16
 _NO_TOKEN = 2**32 - 1
 _FREQUENCY_FACTORS = "rope_freqs.weight"
-# Metadata is float32, and so were the frequency factors when they were written.
-_TOLERANCE = 1e-4
 
 
 def tensor_name(canonical: str) -> str:
@@ -72,9 +70,10 @@ def read_config(file: GgufFile) -> _core.ModelConfig:
         max_position=fields.integer("context_length"),
         norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in file.tensors,
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        o_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
-        rope=_rope(file, fields),
+        ropes=[_rope(file, fields, head_dim)],
         eos_token_ids=_eos_ids(file),
     )
     fields.check_rest()
@@ -84,7 +83,7 @@ def read_config(file: GgufFile) -> _core.ModelConfig:
 
 def check_tensors(file: GgufFile, config: _core.ModelConfig) -> None:
     """Raises CheckpointError, naming the tensors, if the file does not have exactly what `config` needs."""
-    from .loader import check_names
+    from .tensors import check_names
 
     needed = {tensor_name(name): tuple(shape) for name, shape in _core.canonical_names(config)}
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
@@ -211,53 +210,28 @@ def _eos_ids(file: GgufFile) -> list[int]:
     return ids
 
 
-def _rope(file: GgufFile, fields: _Fields) -> _core.RopeConfig:
+def _rope(file: GgufFile, fields: _Fields, head_dim: int) -> _core.RopeConfig:
     theta = fields.number("rope.freq_base", 10000.0)
-    kind = fields.get("rope.scaling.type", "none")
+    try:
+        frequencies = np.array(_core.rope_frequencies(theta, head_dim), dtype=np.float32)
+    except ConfigError as error:
+        raise ConfigError(f"{file.path}: {error}") from error
+    kind = fields.get("rope.scaling.type", "linear")
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
     fields.expect("rope.scaling.attn_factor", 1.0)
     if kind not in ("none", "linear"):
         raise ConfigError(f"{file.path}: llama.rope.scaling.type is {kind!r}; supported: 'none', 'linear'")
-    table = file.tensors.get(_FREQUENCY_FACTORS)
-    linear = kind == "linear" and factor != 1.0
-    if table is None:
-        return (
-            _core.RopeConfig(scaling="linear", theta=theta, factor=factor)
-            if linear
-            else _core.RopeConfig(theta=theta)
-        )
-    if linear:
-        raise ConfigError(
-            f"{file.path}: both linear RoPE scaling and {_FREQUENCY_FACTORS}, which is not supported"
-        )
-    return _llama3_rope(file, table, theta, fields)
-
-
-def _llama3_rope(file: GgufFile, table: GgufTensor, theta: float, fields: _Fields) -> _core.RopeConfig:
-    """The file holds what Llama 3.1's rule gave (each frequency's divisor); find the rule's parameters again.
-
-    The rule depends on low, high and the original length only through their ratios, so low = 1 and, as in
-    every published model, high = 4 are taken; what is found must give the file's own table.
-    """
-    factors = file.read(table).astype(np.float64).reshape(-1)
-    head_dim = 2 * factors.size
-    fields.expect("rope.dimension_count", head_dim)
-    factor = float(factors.max())
-    if np.abs(factors - 1.0).max() <= _TOLERANCE:
-        return _core.RopeConfig(theta=theta)
-    wavelengths = 2 * math.pi * theta ** (np.arange(factors.size) * 2.0 / head_dim)
-    for original in (1 << exponent for exponent in range(5, 21)):
-        smooth = np.clip((original / wavelengths - 1.0) / 3.0, 0.0, 1.0)
-        expected = 1.0 / ((1.0 - smooth) / factor + smooth)
-        if np.abs(factors / expected - 1.0).max() <= _TOLERANCE:
-            return _core.RopeConfig(
-                scaling="llama3",
-                theta=theta,
-                factor=factor,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-                original_max_position=original,
+    if kind == "linear":
+        if not 0 < factor < math.inf:
+            raise ConfigError(
+                f"{file.path}: llama.rope.scaling.factor is {factor}; expected a number above 0"
             )
-    raise ConfigError(
-        f"{file.path}: the table {_FREQUENCY_FACTORS!r} is not one that Llama 3.1's RoPE scaling gives"
-    )
+        frequencies /= np.float32(factor)
+    if _FREQUENCY_FACTORS in file.tensors:  # each frequency's divisor, as Llama 3.1's rule gave them
+        factors = file.read(file.tensors[_FREQUENCY_FACTORS]).astype(np.float32).reshape(-1)
+        if len(factors) != len(frequencies) or not ((factors > 0) & np.isfinite(factors)).all():
+            raise ConfigError(
+                f"{file.path}: {_FREQUENCY_FACTORS} does not hold {len(frequencies)} numbers above 0"
+            )
+        frequencies /= factors
+    return _core.RopeConfig(inv_freq=frequencies.tolist())

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from ._core import ConfigError, Engine, EngineConfig, InvalidArgument, StateError
-from ._progress import CountBar, byte_bar, on_terminal
-from ._sizes import parse_bytes
+from ._core import Engine, InvalidArgument, StateError
+from ._progress import CountBar, on_terminal
+from .engine_setup import load_engine
 from .request import Delta, NotFinite, Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -30,52 +29,6 @@ Prompt = str | Sequence[int]
 _Asked = tuple[str | None, Sequence[int]]  # a prompt's text, if it came as text, and its tokens
 
 
-def engine_config(
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    threads: int | None = None,
-    token_budget: int | str = "auto",
-    max_step_tokens: int = 0,
-    max_sequences: int = 256,
-    max_model_len: int | None = None,
-    kv_memory: int | str = "auto",
-    kv_dtype: str = "auto",
-    prefix_caching: bool = True,
-    isa: str = "auto",
-    pin_threads: bool = False,
-) -> EngineConfig:
-    """The native configuration of what `LLM` takes; its docstring says what each means. `quantize`: what depends on
-    the model is "dense" until `LoadedModel.quantize_as` is asked. `max_step_tokens`: a policy's. Raises ConfigError."""
-    if token_budget == "auto":
-        token_budget = 0
-    elif not isinstance(token_budget, int) or token_budget < 1:
-        raise ConfigError(f'token_budget must be "auto" or an integer of at least 1, not {token_budget!r}')
-    for name, value in (
-        ("threads", threads),
-        ("max_sequences", max_sequences),
-        ("max_model_len", max_model_len),
-    ):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name} must be an integer of at least 1, not {value!r}")
-    return EngineConfig(
-        device="cpu" if device == "auto" else device,
-        dtype="bfloat16" if dtype == "auto" else dtype,
-        quantize="dense" if quantize in (None, "none", "auto") else quantize,
-        threads=threads or 0,
-        token_budget=token_budget,
-        max_step_tokens=max_step_tokens,
-        max_sequences=max_sequences,
-        max_model_len=max_model_len or 0,
-        kv_bytes=0 if kv_memory == "auto" else parse_bytes(kv_memory),
-        kv_dtype=kv_dtype,
-        prefix_caching=prefix_caching,
-        isa=isa,
-        pin_threads=pin_threads,
-    )
-
-
 def advised(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """What generation_config.json advises, as sampling parameters."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -85,45 +38,6 @@ def advised(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def load_engine(
-    model: str | os.PathLike[str],
-    *,
-    verbose: bool | None = None,
-    quantize_cache: bool = True,
-    **options: Any,
-) -> tuple[LoadedModel, Engine]:
-    """Opens `model` and builds its engine; `options` are those of `engine_config`, `verbose` and `quantize_cache` as
-    for `LLM`."""
-    config = engine_config(**options)
-    from .loader import load
-
-    loaded = load(os.fspath(model))
-    config.quantize = loaded.quantize_as(options.get("quantize"))
-    say = _Says(on_terminal() if verbose is None else verbose)
-    say(str(_core.plan_memory(loaded.config, config)).rstrip())
-    if loaded.kinds:
-        say(loaded.matrices(config.quantize))
-    if quantize_cache:
-        from .integer_cache import with_integers
-
-        loaded = with_integers(loaded, config.quantize, say)
-    with byte_bar(f"Loading {loaded.name}", on_terminal()) as progress:
-        engine = Engine(loaded.config, loaded.weights, config, progress=progress)
-    if curve := engine.budget_curve():
-        say(_curve_text(curve, engine.query().token_budget))
-    say(engine.describe())
-    return loaded, engine
-
-
-def _curve_text(curve: list[tuple[int, float]], chosen: int) -> str:
-    """The measurement behind `token_budget="auto"`."""
-    points = ", ".join(f"{tokens}: {rate:,.0f}" for tokens, rate in curve)
-    return (
-        f"token budget {chosen}: the fewest tokens within 5 % of the best speed, but no fewer than "
-        f"max_sequences\n  tokens/s by tokens of a forward: {points}"
-    )
-
-
 class LLM:
     """A model and the engine that runs it.
 
@@ -131,10 +45,11 @@ class LLM:
     device: "cpu", or "auto". dtype: "bfloat16" (auto) or "float32", of weights and activations.
     quantize: "int8" or "int4" holds the matrices in fewer bits (docs/quantization.md), "auto" in those of the
     file, "none" as `dtype` says; None: "none", or what a checkpoint was converted to. quantize_cache: keep integers
-    that had to be fitted, in the user's cache folder, for the next start. threads: None takes the cores this process
-    may use. pin_threads: each but the caller's stays on a CPU of its own. isa: "auto" or a rung of
-    `splitfuse info`'s ladder. token_budget: tokens of one forward; "auto" measures at start.
-    max_sequences: of one forward. max_model_len: longest sequence; None: what model and KV memory allow.
+    that had to be fitted, in the user's cache folder, for the next start. lora: the directory of a PEFT adapter to
+    merge into the matrices. threads: None takes the cores this process may use. pin_threads: each but the caller's
+    stays on a CPU of its own. isa: "auto" or a rung of `splitfuse info`'s ladder. token_budget: tokens of one forward;
+    "auto" measures at start. max_sequences: of one forward. max_model_len: longest sequence; None: what model and KV
+    memory allow.
     kv_memory: of the KV cache, bytes or "512MiB"; "auto": 1 GiB, or one longest sequence if that is more.
     kv_dtype: of the KV cache, "auto" for dtype or "int8": about half of bfloat16's bytes a token, at a small loss.
     prefix_caching: reuse the keys and values of prompts that begin alike. policy: which tokens run in a
@@ -147,12 +62,13 @@ class LLM:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | LoadedModel,
         *,
         device: str = "auto",
         dtype: str = "auto",
         quantize: str | None = None,
         quantize_cache: bool = True,
+        lora: str | os.PathLike[str] | None = None,
         threads: int | None = None,
         token_budget: int | str = "auto",
         max_sequences: int = 256,
@@ -184,6 +100,7 @@ class LLM:
             pin_threads=pin_threads,
             quantize=quantize,
             quantize_cache=quantize_cache,
+            lora=lora,
         )
         self.name: str = loaded.name
         self.tokenizer: Tokenizer | None = loaded.tokenizer
@@ -192,6 +109,14 @@ class LLM:
         self.scheduler = make_scheduler(policy, self.engine, self.tokenizer)
         self.scheduler.start()
         self._close = weakref.finalize(self, _shut_down, self.scheduler, self.engine)
+
+    @classmethod
+    def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LLM:
+        """A model of transformers that is in memory already, with its tokenizer if text is wanted. `options`: those of
+        `LLM`. The engine packs weights of its own; afterwards the model may be deleted."""
+        from .loader import load_live
+
+        return cls(load_live(model, tokenizer), **options)
 
     @property
     def model_config(self) -> _core.ModelConfig:
@@ -342,18 +267,6 @@ class LLM:
         finally:
             request.cancel()
         request.result()
-
-
-class _Says:
-    """Logs, and prints where wanted."""
-
-    def __init__(self, aloud: bool) -> None:
-        self._aloud = aloud
-
-    def __call__(self, text: str) -> None:
-        _log.info("%s", text)
-        if self._aloud:
-            print(text, file=sys.stderr, flush=True)
 
 
 def _shut_down(scheduler: Scheduler, engine: Engine) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -16,9 +16,13 @@ from typing import Any
 from . import _core
 from ._core import CheckpointError, ConfigError
 from ._progress import byte_bar, on_terminal
+from .formats import Quantised, Scheme, native_format, scheme_of
 from .gguf_blocks import INT4, INT8
+from .live_model import LiveTensors, configuration
+from .lora import Merged
 from .models import Family, family_of
 from .models.family import Fields
+from .tensors import SafetensorFiles, Tensors, open_weights
 from .tokenizer import Tokenizer, find_tokenizer, read_json
 
 DEMO = "demo"
@@ -70,7 +74,7 @@ class LoadedModel:
         """A line on what becomes of quantised matrices when they are held as `quantize`."""
         other = "dequantised" if quantize == "dense" else "fitted anew"
         parts = [
-            f"{count} {kind} {'as stored' if kind in _AS_STORED[quantize] else other}"
+            f"{count} {kind} {'as stored' if _is_as_stored(kind, quantize) else other}"
             for kind, count in self.kinds.items()
         ]
         return f"matrices {quantize}: {', '.join(parts)}"
@@ -107,22 +111,34 @@ class LoadedModel:
         _core.write_checkpoint(self.config, self.weights, dtype, str(file), progress, quantize)
 
 
+def _is_as_stored(kind: str, quantize: str) -> bool:
+    return kind in _AS_STORED[quantize] or kind.startswith(f"{quantize} (")
+
+
 def load(
-    model: str | os.PathLike[str], *, revision: str | None = None, show_progress: bool = True
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    show_progress: bool = True,
+    lora: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Opens `model`; the weights are not read yet.
 
     `model`: a directory with Hugging Face files, what `splitfuse convert` wrote (directory or file), a .gguf
-    file, a model's name on the Hugging Face hub, or "demo". `revision`: of a hub model.
+    file, a model's name on the Hugging Face hub, or "demo". `revision`: of a hub model. `lora`: the directory of a PEFT
+    adapter that is merged into a model of Hugging Face files.
 
     Raises CheckpointError or ConfigError, in one line that names the file and what is wrong with it.
     """
     name = os.fspath(model)
+    adapter = None if lora is None else Path(lora).expanduser()
+    path = Path(name).expanduser()
+    if adapter is not None and (name == DEMO or path.is_file()):
+        raise ConfigError(f"{name}: a LoRA adapter can be merged into a model of Hugging Face files alone")
     if name == DEMO:
         return _load_demo(show_progress)
-    path = Path(name).expanduser()
     if path.is_dir():
-        return _load_directory(path, path.resolve().name)
+        return _load_directory(path, path.resolve().name, adapter)
     if path.is_file():
         return _load_file(path)
     from . import hub
@@ -131,34 +147,7 @@ def load(
         raise CheckpointError(
             f"{name}: no such file or directory, and not a name of the form OWNER/MODEL either"
         )
-    return _load_directory(hub.snapshot(name, revision), name)
-
-
-def check_names(
-    where: str,
-    needed: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    harmless: Callable[[str], bool],
-) -> None:
-    """Raises CheckpointError, naming tensors, unless `found` has those `needed` in their shapes, and no
-    others."""
-    if missing := [name for name in needed if name not in found]:
-        raise CheckpointError(f"{where}: {_listed(missing, 'is', 'are')} missing")
-    wrong = [name for name in needed if tuple(found[name]) != tuple(needed[name])]
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{where}: tensor {name!r} has shape {list(found[name])}; "
-            f"the configuration asks for {list(needed[name])}"
-        )
-    if unknown := [name for name in found if name not in needed and not harmless(name)]:
-        raise CheckpointError(f"{where}: {_listed(unknown, 'has', 'have')} no place in this model")
-
-
-def _listed(names: list[str], one: str, many: str) -> str:
-    shown = ", ".join(repr(name) for name in names[:_NAMED_AT_MOST])
-    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
-    return f"tensor {shown} {one}" if len(names) == 1 else f"tensors {shown}{more} {many}"
+    return _load_directory(hub.snapshot(name, revision), name, adapter)
 
 
 def _load_demo(show_progress: bool) -> LoadedModel:
@@ -183,9 +172,11 @@ def _load_demo(show_progress: bool) -> LoadedModel:
         return _load_directory(converted, DEMO)
 
 
-def _load_directory(path: Path, name: str) -> LoadedModel:
+def _load_directory(path: Path, name: str, lora: Path | None = None) -> LoadedModel:
     if (path / "config.json").is_file():
-        return _load_hugging_face(path, name)
+        return _load_hugging_face(path, name, lora)
+    if lora is not None:
+        raise ConfigError(f"{path}: a LoRA adapter can be merged into a model of Hugging Face files alone")
     if (path / "model.safetensors").is_file():
         return _load_canonical(path / "model.safetensors", name)
     ggufs = sorted(path.glob("*.gguf"))
@@ -249,24 +240,70 @@ def _load_gguf(path: Path) -> LoadedModel:
     )
 
 
-def _load_hugging_face(path: Path, name: str) -> LoadedModel:
+def _load_hugging_face(path: Path, name: str, lora: Path | None) -> LoadedModel:
     raw = read_json(path / "config.json", "the model's configuration")
-    where = str(path / "config.json")
-    family = family_of(raw, where)
-    config = family.config(Fields(raw, where))
+    fields = Fields(raw, str(path / "config.json"))
+    family = family_of(raw, str(path / "config.json"))
+    scheme = scheme_of(fields)
+    config = family.read(fields)
     generation = _generation_config(path)
     suggested = Fields(generation, str(path / "generation_config.json")).eos_ids()
     config.eos_token_ids = list(dict.fromkeys([*suggested, *config.eos_token_ids]))
     config.validate()
-    weights, files = _open_weights(path, family, config)
+    tensors, files = _open_tensors(path)
+    weights, kinds = _open_weights(family, config, tensors, scheme, lora)
     return LoadedModel(
         config,
         weights,
         name,
         path,
         generation,
-        files=files,
+        kinds=kinds,
+        quantize=weights.format,
+        files=[path / "config.json", *files, *([] if lora is None else sorted(lora.glob("adapter_*")))],
         make_tokenizer=lambda: find_tokenizer(path),
+    )
+
+
+def _open_weights(
+    family: Family, config: _core.ModelConfig, tensors: Tensors, scheme: Scheme | None, lora: Path | None
+) -> tuple[_core.WeightSource, dict[str, int]]:
+    """The weights, and how many of the quantised matrices are held how. An adapter needs them dequantised."""
+    if scheme is None:
+        merged = tensors if lora is None else Merged(tensors, lora)
+        return open_weights(family, config, merged), {}
+    quantised = Quantised(tensors, scheme)
+    format = "dense" if lora is not None else native_format(family, config, quantised)
+    kinds = {scheme.kind if format == "dense" else f"{format} ({scheme.kind})": quantised.count}
+    if format == "dense":
+        merged = quantised if lora is None else Merged(quantised, lora)
+        return open_weights(family, config, merged), kinds
+    return open_weights(family, config, quantised, quantised.read_integers, format), kinds
+
+
+def load_live(model: Any, tokenizer: Any = None) -> LoadedModel:
+    """A transformers model in memory, as load() gives one from disk; `tokenizer`: of transformers."""
+    raw = configuration(model)
+    fields = Fields(raw, "the model's configuration")
+    family = family_of(raw, "the model's configuration")
+    config = family.read(fields)
+    config.validate()
+
+    def make_tokenizer() -> Tokenizer | None:
+        if tokenizer is None:
+            return None
+        with tempfile.TemporaryDirectory(prefix="splitfuse-") as folder:
+            tokenizer.save_pretrained(folder)
+            return find_tokenizer(Path(folder))
+
+    generation = getattr(model, "generation_config", None)
+    return LoadedModel(
+        config,
+        open_weights(family, config, LiveTensors(model)),
+        family.name,
+        Path(getattr(model, "name_or_path", "") or family.name),
+        {} if generation is None else generation.to_diff_dict(),
+        make_tokenizer=make_tokenizer,
     )
 
 
@@ -275,40 +312,16 @@ def _generation_config(path: Path) -> dict[str, Any]:
     return read_json(file, "the generation configuration") if file.is_file() else {}
 
 
-def _open_weights(
-    path: Path, family: Family, config: _core.ModelConfig
-) -> tuple[_core.WeightSource, Sequence[Path]]:
-    """The weights, and the files they are in."""
-    shapes = _core.canonical_names(config)
-    names = [(canonical, family.tensor_name(canonical)) for canonical, _ in shapes]
-    needed = {family.tensor_name(canonical): tuple(shape) for canonical, shape in shapes}
-
-    def check(listing: Iterable[tuple[str, str, list[int]]]) -> None:
-        found = {name: tuple(shape) for name, _, shape in listing}
-        check_names(str(path), needed, found, lambda name: _is_harmless(name, family, config))
-        for name, dtype, _ in listing:
-            if name in needed and dtype not in _DTYPES:
-                raise CheckpointError(f"{path}: tensor {name!r} is {dtype}; supported: {', '.join(_DTYPES)}")
-
+def _open_tensors(path: Path) -> tuple[Tensors, Sequence[Path]]:
+    """What the weight files hold, and these files."""
     if files := _files(path, "model.safetensors"):
-        check([tensor for file in files for tensor in _core.read_safetensors_header(str(file))[0]])
-        return _core.open_safetensors([str(file) for file in files], names), files
+        return SafetensorFiles(files, str(path)), files
     if files := _files(path, "pytorch_model.bin"):
         from .bin_file import BinFiles
 
-        tensors = BinFiles(files)
-        check(tensors.listing())
-        stored = dict(names)
-        source = _core.callback_source([name for name, _ in names], lambda name: tensors.read(stored[name]))
-        return source, files
+        return BinFiles(files, str(path)), files
     raise CheckpointError(
         f"{path}: holds no weights: expected model.safetensors or pytorch_model.bin, or their index"
-    )
-
-
-def _is_harmless(name: str, family: Family, config: _core.ModelConfig) -> bool:
-    return name.endswith(family.harmless) or (
-        config.tie_embeddings and name == family.tensor_name("lm_head.weight")
     )
 
 

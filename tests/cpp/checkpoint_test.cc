@@ -130,7 +130,7 @@ bool is_near(DType dtype, float value, float stored) {
 TEST(Checkpoint, RoundTripsThroughEveryDtype) {
   const TempDir dir;
   ModelConfig config = tiny_model();
-  config.attention_bias = config.mlp_bias = true;
+  config.qkv_bias = config.o_bias = config.mlp_bias = true;
   for (const DType from : {DType::kF32, DType::kBF16, DType::kF16}) {
     for (const DType to : {DType::kF32, DType::kBF16, DType::kF16}) {
       MemorySource source(config, from);

@@ -474,22 +474,32 @@ class PassingBackend : public Backend {
   }
   void upload(const TensorView& vector, float* out) override { inner_->upload(vector, out); }
   void begin(const RaggedBatch& batch) override { inner_->begin(batch); }
-  void embed(const Linear& table, float* x) override { inner_->embed(table, x); }
-  void rms_norm(const float* x, const float* weight, float eps, int32_t columns, std::span<const int32_t> rows,
-                void* out) override {
-    inner_->rms_norm(x, weight, eps, columns, rows, out);
+  void embed(const Linear& table, float scale, float* x) override { inner_->embed(table, scale, x); }
+  void embed_positions(const Linear& table, int32_t offset, float* x) override {
+    inner_->embed_positions(table, offset, x);
   }
+  void norm(const Norm& norm, const float* x, std::span<const int32_t> rows, void* out) override {
+    inner_->norm(norm, x, rows, out);
+  }
+  void norm_in_place(const Norm& norm, float* x) override { inner_->norm_in_place(norm, x); }
+  void add(const Norm& norm, const float* y, float scale, float* x) override { inner_->add(norm, y, scale, x); }
   void linear(const Linear& linear, const void* in, int32_t rows, float* out) override {
     inner_->linear(linear, in, rows, out);
   }
   void linear_add(const Linear& linear, const void* in, int32_t rows, float* x) override {
     inner_->linear_add(linear, in, rows, x);
   }
-  void linear_gated(const Linear& linear, const void* in, int32_t rows, void* out) override {
-    inner_->linear_gated(linear, in, rows, out);
+  void linear_act(const Linear& linear, const void* in, int32_t rows, void* out) override {
+    inner_->linear_act(linear, in, rows, out);
   }
-  void rope_write_kv(const float* qkv, int32_t layer, void* q) override { inner_->rope_write_kv(qkv, layer, q); }
+  void rope_write_kv(float* qkv, int32_t layer, void* q) override { inner_->rope_write_kv(qkv, layer, q); }
   void attention(const void* q, int32_t layer, void* out) override { inner_->attention(q, layer, out); }
+  void experts(const Experts& experts, const void* in, int32_t rows, float* out) override {
+    inner_->experts(experts, in, rows, out);
+  }
+  void scale_logits(float* logits, int32_t rows, float scale, float softcap) override {
+    inner_->scale_logits(logits, rows, scale, softcap);
+  }
   void sample(float* logits, std::span<const SampleRow> rows, std::span<SampleResult> results) override {
     inner_->sample(logits, rows, results);
   }

@@ -104,6 +104,7 @@ class Matrix {
       : rows_(rows), columns_(columns), dtype_(dtype), stride_(row_stride(columns) * dtype_size(dtype)),
         bytes_(rows * stride_) {}
   Matrix(const Table& table, DType dtype) : Matrix(table.rows, table.columns, dtype) { fill(table); }
+  int32_t rows() const { return rows_; }
   void* data() { return bytes_.data(); }
   float* floats() { return reinterpret_cast<float*>(bytes_.data()); }
 
@@ -159,7 +160,8 @@ class Ops {
       : backend_(make_cpu_backend(dtype, threads, isa)), format_(format) {
     shape_.kv = {.layers = 1, .kv_heads = 1, .head_dim = 8, .block_size = 16, .blocks = 1};
     shape_.heads = 1;
-    shape_.inv_freq.assign(4, 1.0f);
+    shape_.ropes = {{std::vector<float>(4), 1.0f}};
+    shape_.layers.resize(1);
     cache_ = Bytes(backend_->kv_block_bytes(shape_.kv));
     const StepLimits limits = {.max_rows = kMaxRows,
                                .max_seqs = 1,
@@ -185,28 +187,52 @@ class Ops {
     backend_->linear_add(packed.linear, in.data(), x.rows, out.poison().fill(to).floats());
     return out.result();
   }
-  /// silu(x g^T + bias) * (x u^T + bias)
-  Table linear_gated(const Table& g, const Table& u, const Table& bias, const Table& x) {
-    Matrix in(x, backend_->dtype());
-    Packed packed(*backend_, format_, g, u, bias);
-    Matrix out(x.rows, g.rows, backend_->dtype());
-    backend_->linear_gated(packed.linear, in.data(), x.rows, out.poison().data());
-    return out.result();
+  /// act(x w^T + bias)
+  Table linear_act(const Table& w, const Table& bias, const Table& x, Activation activation) {
+    return act(Packed(*backend_, format_, w, bias, activation), x);
   }
-  /// Rows `ids` of w.
-  Table embed(const Table& w, const std::vector<Token>& ids) {
+  /// act(x g^T + bias) * (x u^T + bias)
+  Table linear_gated(const Table& g, const Table& u, const Table& bias, const Table& x,
+                     Activation activation = Activation::kSilu) {
+    return act(Packed(*backend_, format_, g, u, bias, activation), x);
+  }
+  /// scale * rows `ids` of w.
+  Table embed(const Table& w, const std::vector<Token>& ids, float scale = 1.0f) {
     Packed packed(*backend_, format_, w, {});
     begin(ids);
     Matrix out(static_cast<int32_t>(ids.size()), w.columns, DType::kF32);
-    backend_->embed(packed.linear, out.poison().floats());
+    backend_->embed(packed.linear, scale, out.poison().floats());
     return out.result();
   }
-  Table rms_norm(const Table& x, const Table& weight) {
-    Matrix in(x, DType::kF32);
-    Matrix scale(weight, DType::kF32);
+  /// x + rows offset + positions of w.
+  Table embed_positions(const Table& w, const std::vector<int32_t>& positions, int32_t offset, const Table& x) {
+    Packed packed(*backend_, format_, w, {});
+    begin(std::vector<Token>(positions.size()), positions);
+    Matrix out(x.rows, x.columns, DType::kF32);
+    backend_->embed_positions(packed.linear, offset, out.poison().fill(x).floats());
+    return out.result();
+  }
+  /// `weight` and `bias` [1, columns] or empty.
+  Table norm(const Table& x, const Table& weight, const Table& bias = {}, NormKind kind = NormKind::kRms) {
+    Matrix in(x, DType::kF32), w(weight, DType::kF32), b(bias, DType::kF32);
     begin(std::vector<Token>(static_cast<size_t>(x.rows)));
     Matrix out(x.rows, x.columns, backend_->dtype());
-    backend_->rms_norm(in.floats(), scale.floats(), 1e-5f, x.columns, {}, out.poison().data());
+    backend_->norm(norm_of(x.columns, w, b, kind), in.floats(), {}, out.poison().data());
+    return out.result();
+  }
+  Table norm_in_place(const Table& x, const Table& weight, const Table& bias, NormKind kind) {
+    Matrix w(weight, DType::kF32), b(bias, DType::kF32);
+    begin(std::vector<Token>(static_cast<size_t>(x.rows)));
+    Matrix out(x.rows, x.columns, DType::kF32);
+    backend_->norm_in_place(norm_of(x.columns, w, b, kind), out.poison().fill(x).floats());
+    return out.result();
+  }
+  /// x + scale * norm(y)
+  Table add(const Table& x, const Table& y, float scale, const Table& weight, const Table& bias, NormKind kind) {
+    Matrix in(y, DType::kF32), w(weight, DType::kF32), b(bias, DType::kF32);
+    begin(std::vector<Token>(static_cast<size_t>(x.rows)));
+    Matrix out(x.rows, x.columns, DType::kF32);
+    backend_->add(norm_of(x.columns, w, b, kind), in.floats(), scale, out.poison().fill(x).floats());
     return out.result();
   }
 
@@ -216,21 +242,23 @@ class Ops {
 
   /// A Linear and its memory. `bias` may be empty.
   struct Packed {
-    Packed(Backend& backend, WeightFormat format, const Table& w, const Table& bias) {
-      make(backend, format, w, bias, false);
+    Packed(Backend& backend, WeightFormat format, const Table& w, const Table& bias,
+           Activation activation = Activation::kNone) {
+      make(backend, {w.rows, w.columns, bias.columns > 0, false, format, activation});
       backend.pack(linear, Rows::kPlain, 0, view(w));
       if (linear.bias) backend.pack_bias(linear, Rows::kPlain, 0, vector_view(bias));
     }
-    Packed(Backend& backend, WeightFormat format, const Table& g, const Table& u, const Table& bias) {
-      make(backend, format, g, bias, true);
+    Packed(Backend& backend, WeightFormat format, const Table& g, const Table& u, const Table& bias,
+           Activation activation) {
+      make(backend, {g.rows, g.columns, bias.columns > 0, true, format, activation});
       backend.pack(linear, Rows::kGate, 0, view(g));
       backend.pack(linear, Rows::kUp, 0, view(u));
       for (const Rows which : {Rows::kGate, Rows::kUp}) {
         if (linear.bias) backend.pack_bias(linear, which, 0, vector_view(bias));
       }
     }
-    void make(Backend& backend, WeightFormat format, const Table& w, const Table& bias, bool gated) {
-      static_cast<LinearShape&>(linear) = {w.rows, w.columns, bias.columns > 0, gated, format};
+    void make(Backend& backend, const LinearShape& shape) {
+      static_cast<LinearShape&>(linear) = shape;
       bytes = Bytes(backend.linear_bytes(linear));
       linear.data = bytes.data();
     }
@@ -238,10 +266,23 @@ class Ops {
     Bytes bytes;
   };
 
+  Table act(const Packed& packed, const Table& x) {
+    Matrix in(x, backend_->dtype());
+    Matrix out(x.rows, packed.linear.n, backend_->dtype());
+    backend_->linear_act(packed.linear, in.data(), x.rows, out.poison().data());
+    return out.result();
+  }
+
+  static Norm norm_of(int32_t columns, Matrix& weight, Matrix& bias, NormKind kind) {
+    return {weight.rows() > 0 ? weight.floats() : nullptr, bias.rows() > 0 ? bias.floats() : nullptr, columns, 1e-5f,
+            kind};
+  }
+
   /// A step of these tokens, which no attention follows.
-  void begin(const std::vector<Token>& ids) {
+  void begin(const std::vector<Token>& ids) { begin(ids, std::vector<int32_t>(ids.size())); }
+  void begin(const std::vector<Token>& ids, const std::vector<int32_t>& positions) {
     ids_ = ids;
-    positions_.assign(ids.size(), 0);
+    positions_ = positions;
     backend_->begin({ids_, positions_, {}, {}});
   }
 

@@ -28,10 +28,23 @@ struct Part {
   std::vector<int32_t> block_table;
 };
 
+/// What attention may have beside the plain.
+struct Kind {
+  int32_t window = 0;
+  int32_t rope_dims = -1;   // -1: all
+  float softcap = 0.0f;
+  std::vector<float> slopes = {}, sinks = {};   // [heads] or none
+  QkNorm qk_norm = QkNorm::kNone;
+  NormKind norm = NormKind::kRms;
+};
+
 class Paged {
  public:
-  Paged(const std::string& isa, DType dtype, KvDType kv, const Shape& shape, int32_t blocks, int threads = 1)
-      : backend_(make_cpu_backend(dtype, threads, isa)), shape_(shape), blocks_(blocks) {
+  Paged(const std::string& isa, DType dtype, KvDType kv, const Shape& shape, int32_t blocks, int threads = 1,
+        const Kind& kind = {})
+      : backend_(make_cpu_backend(dtype, threads, isa)), shape_(shape), blocks_(blocks), kind_(kind),
+        weight_(static_cast<size_t>(shape.heads * shape.head_dim)) {
+    for (size_t i = 0; i < weight_.size(); ++i) weight_[i] = 0.5f + static_cast<float>(i % 7) / 8;
     AttentionShape attention;
     attention.kv = {.layers = 1,
                     .kv_heads = shape.kv_heads,
@@ -41,9 +54,14 @@ class Paged {
                     .dtype = kv};
     attention.heads = shape.heads;
     attention.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
-    for (int32_t i = 0; i < shape.head_dim / 2; ++i) {
-      attention.inv_freq.push_back(std::pow(1e4f, -2.0f * static_cast<float>(i) / static_cast<float>(shape.head_dim)));
-    }
+    attention.softcap = kind_.softcap;
+    attention.alibi_slopes = kind_.slopes;
+    attention.qk_norm_kind = kind_.norm;
+    attention.qk_norm_eps = 1e-3f;
+    const int32_t dims = kind_.rope_dims < 0 ? shape.head_dim : kind_.rope_dims;
+    if (dims > 0) attention.ropes = {{rope_frequencies(1e4f, dims), 0.9f}};
+    attention.layers = {{kind_.window, dims > 0 ? 0 : -1, kind_.qk_norm, weight_.data(), weight_.data(),
+                         kind_.sinks.empty() ? nullptr : kind_.sinks.data()}};
     cache_ = Bytes(backend_->kv_block_bytes(attention.kv) * blocks);
     const StepLimits limits = {.max_rows = kMaxRows,
                                .max_seqs = kMaxRows,
@@ -99,6 +117,7 @@ class Paged {
         const int32_t left = sequences[i].rows - parts[i].computed;
         if (left == 0 || (draw.below(3) == 0 && !chunks.empty())) continue;
         const int32_t count = std::min(1 + draw.below(largest), left);
+        forget(parts[i]);
         Part chunk = parts[i];
         chunk.rows = sequences[i].take(range(chunk.computed, chunk.computed + count));
         chunks.push_back(chunk);
@@ -129,6 +148,18 @@ class Paged {
       write({begin, rows, range(0, blocks_)});
     }
   }
+  /// Spoils the blocks behind the part's window, and takes them from its table.
+  void forget(Part& part) {
+    if (kind_.window == 0) return;
+    for (int32_t i = 0; i < (part.computed - kind_.window + 1) / shape_.block_size; ++i) {
+      int32_t& block = part.block_table[static_cast<size_t>(i)];
+      if (block < 0) continue;
+      Table rows(shape_.block_size, shape_.qkv());
+      std::fill(rows.values.begin(), rows.values.end(), std::numeric_limits<float>::quiet_NaN());
+      write({0, rows, {block}});
+      block = -1;
+    }
+  }
   void write(const Part& part) {
     const std::vector<RaggedSeq> seqs = {{0, part.rows.rows, part.computed, part.block_table.data()}};
     const std::vector<int32_t> positions = range(part.computed, part.computed + part.rows.rows);
@@ -142,6 +173,8 @@ class Paged {
   std::unique_ptr<Backend> backend_;
   Shape shape_;
   int32_t blocks_;
+  Kind kind_;
+  std::vector<float> weight_;   // of norms
   Bytes cache_;
 };
 
@@ -162,8 +195,8 @@ class AttentionKernelsOf : public testing::TestWithParam<AttentionParam> {
   std::string isa() const { return std::get<0>(GetParam()); }
   DType dtype() const { return std::get<1>(GetParam()); }
   KvDType kv() const { return std::get<2>(GetParam()); }
-  Paged paged(const Shape& shape, int32_t blocks, int threads = 1) const {
-    return {isa(), dtype(), kv(), shape, blocks, threads};
+  Paged paged(const Shape& shape, int32_t blocks, int threads = 1, const Kind& kind = {}) const {
+    return {isa(), dtype(), kv(), shape, blocks, threads, kind};
   }
 
   /// Values are below 2. Where pairs of bfloat16 are multiplied softmax weights are rounded too; over int8 queries and
@@ -224,6 +257,55 @@ TEST_P(AttentionKernelsOf, BitsDependOnTheSequenceAlone) {
       for (size_t i = 0; i < sequences.size(); ++i) {
         EXPECT_TRUE(outs[i].same_bits(expected[i])) << sequences[i].rows << " rows by " << largest;
       }
+    }
+  }
+}
+
+struct KindCase {
+  Shape shape;
+  Kind kind;
+};
+
+/// Each kind alone, and together.
+std::vector<KindCase> kinds() {
+  const std::vector<float> some = {0.3f, 0.02f, 0.1f, 0.5f, 0.004f, 0.07f};
+  return {{{4, 2, 24, 16}, {.rope_dims = 12}},
+          {{2, 1, 40, 32}, {.rope_dims = 20}},
+          {{3, 1, 8, 16}, {.window = 1, .rope_dims = 2}},
+          {{6, 2, 24, 16}, {.window = 7, .rope_dims = 0}},
+          {{4, 4, 16, 32}, {.window = 100}},
+          {{6, 1, 8, 16}, {.window = 301}},
+          {{4, 2, 24, 16}, {.qk_norm = QkNorm::kHead}},
+          {{6, 1, 40, 16}, {.qk_norm = QkNorm::kRow, .norm = NormKind::kLayer}},
+          {{6, 2, 64, 16}, {.softcap = 0.7f}},
+          {{6, 1, 24, 16}, {.slopes = some}},
+          {{6, 3, 24, 16}, {.sinks = some}},
+          {{6, 2, 80, 32}, {33, 24, 5.0f, some, some, QkNorm::kHead, NormKind::kLayer}}};
+}
+
+TEST_P(AttentionKernelsOf, OfEveryKindAreNearTheReference) {
+  Draw draw;
+  for (const auto& [shape, kind] : kinds()) {
+    SCOPED_TRACE(testing::Message() << shape.head_dim << " " << kind.window << ", seed " << Draw::seed());
+    const std::vector<Table> qkv = {draw.table(kind.window > 100 ? 700 : 150, shape.qkv())};
+    const int32_t blocks = shape.blocks(qkv[0].rows) + 1;
+    const Table out = paged(shape, blocks, 1, kind).run(qkv, 200, draw)[0];
+    const Table ref = Paged("ref", dtype(), kv(), shape, blocks, 1, kind).run(qkv, 200, draw)[0];
+    for (size_t i = 0; i < ref.values.size(); ++i) {
+      ASSERT_LE(std::fabs(out.values[i] - ref.values[i]), 2 * allowed(ref.values[i])) << ref.values[i] << " at " << i;
+    }
+  }
+}
+
+TEST_P(AttentionKernelsOf, OfEveryKindDependOnTheSequenceAlone) {
+  Draw draw;
+  for (const auto& [shape, kind] : kinds()) {
+    SCOPED_TRACE(testing::Message() << shape.head_dim << " " << kind.window << ", seed " << Draw::seed());
+    const std::vector<Table> qkv = {draw.table(kind.window > 100 ? 700 : 150, shape.qkv())};
+    const int32_t blocks = shape.blocks(qkv[0].rows);
+    const Table want = paged(shape, blocks, 1, kind).run(qkv, 1 << 20, draw)[0];
+    for (const int32_t largest : {3, 80}) {
+      EXPECT_TRUE(paged(shape, blocks, 2, kind).run(qkv, largest, draw)[0].same_bits(want)) << largest;
     }
   }
 }

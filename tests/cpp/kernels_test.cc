@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/numeric.h"
+#include "cpu/activation_ref.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/linear.h"
@@ -96,7 +97,19 @@ void expect_near(const Table& out, const Table& ref, const Table& allowed) {
   }
 }
 
-float silu(float x) { return x / (1.0f + std::exp(-x)); }
+constexpr Activation kActivations[] = {Activation::kNone,     Activation::kSilu, Activation::kGelu,
+                                       Activation::kGeluTanh, Activation::kRelu, Activation::kSwigluClamped};
+/// The last is of gated linears alone.
+constexpr int kPlainActivations = 5;
+
+/// How far act(gate) * up may be from its reference if the sums may be as far as these; no slope is above 1.15.
+float gated_bound(Activation activation, float gate, float up, float gate_error, float up_error, DType dtype) {
+  const bool clamped = activation == Activation::kSwigluClamped;
+  const float left = clamped ? gated(activation, gate, 0.0f) : activated(activation, gate);
+  const float right = clamped ? std::fabs(up) + 1.0f : std::fabs(up);
+  return 1.15f * gate_error * right + up_error * std::fabs(left) + 1.15f * gate_error * up_error +
+         std::fabs(gated(activation, gate, up)) * (16 * kUnit + (dtype == DType::kBF16 ? 0x1p-7f : 0.0f)) + 1e-30f;
+}
 
 TEST_P(LinearKernels, AreNearTheReference) {
   Draw draw;
@@ -110,17 +123,22 @@ TEST_P(LinearKernels, AreNearTheReference) {
     Table gate_error = bound(w, bias, x);
     const Table up_error = bound(u, bias, x);
     expect_near(run.linear(w, bias, x), gate, gate_error);
-    Table gated_error(m, n);
+    const Activation activation = kActivations[draw.below(6)], plain = kActivations[draw.below(kPlainActivations)];
+    SCOPED_TRACE(testing::Message() << config_word(activation) << ", " << config_word(plain));
+    Table gated_error(m, n), plain_error(m, n);
     for (size_t i = 0; i < gated_error.values.size(); ++i) {
       const float g = gate_error.values[i], v = up_error.values[i];
-      const float truth = silu(gate.values[i]) * up.values[i];
-      gated_error.values[i] = 1.1f * g * std::fabs(up.values[i]) + v * std::fabs(silu(gate.values[i])) + 1.1f * g * v +
-                              std::fabs(truth) * (16 * kUnit + (dtype() == DType::kBF16 ? 0x1p-7f : 0.0f)) + 1e-30f;
+      gated_error.values[i] = gated_bound(activation, gate.values[i], up.values[i], g, v, dtype());
+      plain_error.values[i] = gated_bound(plain, gate.values[i], 1.0f, g, 0.0f, dtype());
       gate_error.values[i] += 4 * kUnit * std::fabs(to.values[i]);
     }
-    expect_near(run.linear_gated(w, u, bias, x), ref.linear_gated(w, u, bias, x), gated_error);
+    expect_near(run.linear_gated(w, u, bias, x, activation), ref.linear_gated(w, u, bias, x, activation), gated_error);
+    expect_near(run.linear_act(w, bias, x, plain), ref.linear_act(w, bias, x, plain), plain_error);
     expect_near(run.linear_add(w, bias, x, to), ref.linear_add(w, bias, x, to), gate_error);
-    EXPECT_TRUE(run.embed(w, {n - 1, 0}).same_bits(ref.embed(w, {n - 1, 0})));
+    const std::vector<int32_t> rows = {n - 1, 0};
+    const Table two = draw.table(2, k);
+    EXPECT_TRUE(run.embed(w, rows, 1.7f).same_bits(ref.embed(w, rows, 1.7f)));
+    EXPECT_TRUE(run.embed_positions(w, {n - 1, 0}, 0, two).same_bits(ref.embed_positions(w, rows, 0, two)));
     if (HasFailure()) return;
   }
 }
@@ -133,7 +151,9 @@ TEST_P(LinearKernels, RowsHaveTheSameBitsInAnyCompany) {
     const Table bias = draw.table(1, n);
     Ops alone = ops();
     const Table plain = alone.linear(w, bias, x), add = alone.linear_add(w, {}, x, to);
-    const Table gated = alone.linear_gated(w, u, bias, x);
+    std::vector<Table> gated, act;
+    for (const Activation activation : kActivations) gated.push_back(alone.linear_gated(w, u, bias, x, activation));
+    for (int a = 0; a < kPlainActivations; ++a) act.push_back(alone.linear_act(w, bias, x, kActivations[a]));
     for (const int threads : {1, 3}) {
       Ops run = ops(threads);
       std::vector<std::vector<int32_t>> companies = {range(0, m)};
@@ -145,7 +165,10 @@ TEST_P(LinearKernels, RowsHaveTheSameBitsInAnyCompany) {
       for (const auto& rows : companies) {
         EXPECT_TRUE(run.linear(w, bias, x.take(rows)).same_bits(plain.take(rows))) << rows.size();
         EXPECT_TRUE(run.linear_add(w, {}, x.take(rows), to.take(rows)).same_bits(add.take(rows))) << rows.size();
-        EXPECT_TRUE(run.linear_gated(w, u, bias, x.take(rows)).same_bits(gated.take(rows))) << rows.size();
+        const int a = draw.below(6), b = draw.below(kPlainActivations);
+        const Table in = x.take(rows);
+        EXPECT_TRUE(run.linear_gated(w, u, bias, in, kActivations[a]).same_bits(gated[a].take(rows))) << a;
+        EXPECT_TRUE(run.linear_act(w, bias, in, kActivations[b]).same_bits(act[b].take(rows))) << b;
       }
     }
   }
@@ -171,13 +194,18 @@ TEST_P(LinearKernels, NotANumberAndInfinityStayInTheirRowAndColumn) {
   // No weight and no element of a row is zero: infinity times it is not a number then.
   const Table w = draw.table(kColumns, kDepth, 0.1f), u = draw.table(kColumns, kDepth), x = draw.table(kRows, kDepth);
   Ops run = ops();
-  const Table clean = run.linear(w, {}, x), gated = run.linear_gated(w, u, {}, x);
+  const Table clean = run.linear(w, {}, x);
   for (const float broken : {kNaN, kInfinity, -kInfinity}) {
     const int32_t row = draw.below(kRows), column = draw.below(kColumns), k = draw.below(kDepth);
     Table bad = x;
     bad.at(row, k) = broken;
     expect_broken(run.linear(w, {}, bad), clean, row, -1);
-    if (std::isnan(broken)) expect_broken(run.linear_gated(w, u, {}, bad), gated, row, -1);
+    for (int a = 0; a < 6 && std::isnan(broken); ++a) {
+      const Activation activation = kActivations[a];
+      expect_broken(run.linear_gated(w, u, {}, bad, activation), run.linear_gated(w, u, {}, x, activation), row, -1);
+      if (a == kPlainActivations) break;
+      expect_broken(run.linear_act(w, {}, bad, activation), run.linear_act(w, {}, x, activation), row, -1);
+    }
     expect_broken(run.linear_add(w, {}, bad, Table(kRows, kColumns)), clean, row, -1);
     bad = w;
     bad.at(column, k) = broken;
@@ -264,26 +292,66 @@ TEST_P(RowKernelsOf, WidenReadAndPeakDoWhatTheySay) {
   }
 }
 
+/// Broken rows are so in both; elsewhere `out` is as near to `ref` as `size`, of what was added up, allows.
+void expect_near_rows(const Table& out, const Table& ref, float size) {
+  for (size_t i = 0; i < out.values.size(); ++i) {
+    if (!std::isfinite(ref.values[i])) {
+      ASSERT_TRUE(same(out.values[i], ref.values[i])) << i;
+    } else {
+      ASSERT_LE(std::fabs(out.values[i] - ref.values[i]), 0x1p-20f * (std::fabs(ref.values[i]) + size) + 1e-30f) << i;
+    }
+  }
+}
+
 TEST_P(RowKernelsOf, NormsAreNearTheReferenceAndRoundOnce) {
   Draw draw;
   Ops run(GetParam(), DType::kF32), narrow(GetParam(), DType::kBF16), ref("ref", DType::kF32);
-  for (const int32_t columns : {4, 8, 12, 24, 60, 64, 68, 72, 88, 136, 576, 1000}) {
-    SCOPED_TRACE(testing::Message() << columns << ", seed " << Draw::seed());
-    Table x = draw.table(5, columns, std::exp2(static_cast<float>(draw.below(30) - 10)));
+  for (const int32_t columns : {1, 4, 7, 8, 12, 17, 24, 31, 60, 64, 67, 68, 72, 88, 136, 576, 1001}) {
+    const NormKind kind = draw.below(2) ? NormKind::kRms : NormKind::kLayer;
+    SCOPED_TRACE(testing::Message() << config_word(kind) << ", " << columns << ", seed " << Draw::seed());
+    const float size = std::exp2(static_cast<float>(draw.below(30) - 10));
+    Table x = draw.table(5, columns, size);
+    for (float& value : x.values) value += kind == NormKind::kLayer ? size : 0.0f;
     x.at(3, draw.below(columns)) = draw.below(2) ? kNaN : kInfinity;
-    const Table weight = draw.table(1, columns);
-    const Table out = run.rms_norm(x, weight), expected = ref.rms_norm(x, weight), rounded = narrow.rms_norm(x, weight);
+    const Table weight = draw.below(4) ? draw.table(1, columns) : Table();
+    const Table bias = kind == NormKind::kLayer && draw.below(2) ? draw.table(1, columns) : Table();
+    const Table to = draw.table(5, columns);
+    const Table out = run.norm(x, weight, bias, kind), rounded = narrow.norm(x, weight, bias, kind);
+    // A centered row has lost what its mean had, and one of a single column is nothing but rounding.
+    const float lost = kind == NormKind::kLayer && weight.rows > 0 ? 8.0f : 0.0f;
+    expect_near_rows(out, ref.norm(x, weight, bias, kind), lost);
+    expect_near_rows(run.add(to, x, 0.3f, weight, bias, kind), ref.add(to, x, 0.3f, weight, bias, kind), lost + 2.0f);
+    const Table in_place = run.norm_in_place(x, weight, bias, kind);
     for (int32_t r = 0; r < x.rows; ++r) {
-      const bool broken = r == 3;
       for (int32_t c = 0; c < columns; ++c) {
-        if (std::isnan(expected.at(r, c))) {
-          EXPECT_TRUE(std::isnan(out.at(r, c)));
-        } else {
-          EXPECT_LE(std::fabs(out.at(r, c) - expected.at(r, c)), 0x1p-20f * std::fabs(expected.at(r, c)) + 1e-30f);
-        }
-        EXPECT_TRUE(same(rounded.at(r, c), bf16_to_float(float_to_bf16(out.at(r, c)))));
+        ASSERT_TRUE(same(in_place.at(r, c), out.at(r, c)));
+        ASSERT_TRUE(same(rounded.at(r, c), bf16_to_float(float_to_bf16(out.at(r, c)))));
       }
-      if (!broken) EXPECT_TRUE(run.rms_norm(x.take({r}), weight).same_bits(out.take({r})));
+      if (r != 3) EXPECT_TRUE(run.norm(x.take({r}), weight, bias, kind).same_bits(out.take({r})));
+    }
+  }
+}
+
+TEST_P(RowKernelsOf, LogitsAreScaledAndCappedAsByTheReference) {
+  Draw draw;
+  const RowKernels run = make_row_kernels(DType::kF32, isa()), ref = make_row_kernels(DType::kF32, Isa::kRef);
+  for (const int32_t count : kSizes) {
+    SCOPED_TRACE(testing::Message() << count << ", seed " << Draw::seed());
+    for (const float cap : {0.0f, 30.0f}) {
+      std::vector<float> x(static_cast<size_t>(count) + 1, 7.0f);
+      for (int32_t i = 0; i < count; ++i) x[i] = draw.number(std::exp2(static_cast<float>(draw.below(40) - 20)));
+      if (draw.below(3) == 0) x[draw.below(count)] = kNaN;
+      std::vector<float> expected = x;
+      run.scale_and_cap(x.data(), count, 0.3f, cap);
+      ref.scale_and_cap(expected.data(), count, 0.3f, cap);
+      for (int32_t i = 0; i < count; ++i) {
+        if (std::isnan(expected[i])) {
+          ASSERT_TRUE(std::isnan(x[i])) << i;
+        } else {
+          ASSERT_LE(std::fabs(x[i] - expected[i]), 8 * kUnit * std::fabs(expected[i])) << i;
+        }
+      }
+      EXPECT_EQ(x[count], 7.0f);
     }
   }
 }

@@ -105,7 +105,7 @@ inline const std::vector<std::string> kWords = {"\"F32\"",
                                                 "\"F16\"",
                                                 "\"embed.weight.scale\":{\"dtype\":",
                                                 "\\\"num_layers\\\": ",
-                                                "\\\"rope\\\": {"};
+                                                "\\\"ropes\\\": [{"};
 
 inline const std::string& any_of(Random& random, const std::vector<std::string>& list) {
   return list[below(random, list.size())];

@@ -22,6 +22,8 @@ inline ModelConfig tiny_model() {
   config.head_dim = 8;
   config.intermediate_size = 80;
   config.max_position = 1024;
+  config.ropes.resize(1);
+  config.ropes[0].inv_freq = rope_frequencies(1e4f, config.head_dim);
   return config;
 }
 

@@ -10,18 +10,78 @@
 
 namespace splitfuse {
 
-/// Rotary position embedding. Angles are position * inv_freq, in float32.
+/// Rotary position embedding of the first 2 * inv_freq.size() dimensions of a head, half-split: dimension i of them
+/// pairs with i + inv_freq.size(). Angles are position * inv_freq, in float32.
 struct RopeConfig {
-  /// How inverse frequencies are rescaled: "none", "linear" (divide by factor), or "llama3"
-  /// (Llama 3.1: divide the low frequencies, blend a middle band).
-  std::string scaling = "none";
-  float theta = 10000.0f;
-  float factor = 1.0f;
-  float low_freq_factor = 1.0f;          // llama3
-  float high_freq_factor = 4.0f;         // llama3
-  int32_t original_max_position = 8192;  // llama3
+  std::vector<float> inv_freq;
+  float magnitude = 1.0f;           // of cosines and sines
+  /// Some models have other frequencies where sequences are long: those below hold in an engine whose longest
+  /// sequence has more tokens than this. 0: there are none.
+  int32_t long_from = 0;
+  std::vector<float> long_inv_freq;   // as many
+  float long_magnitude = 1.0f;
 
   bool operator==(const RopeConfig&) const = default;
+};
+
+/// inv_freq of the plain rotary embedding, theta^(-2i / dims), i = 0 .. dims / 2 - 1 (arXiv:2104.09864), rounded to
+/// float32 step by step as the reference does: at position 8000 one ulp is 5e-4 in the angle. Throws ConfigError for a
+/// theta not above 1, and dims outside 2 to 1024.
+std::vector<float> rope_frequencies(float theta, int32_t dims);
+
+/// Row norms. kRms: x / rms(x) * weight. kLayer: (x - mean(x)) / deviation(x) * weight + bias.
+enum class NormKind : uint8_t { kRms, kLayer };
+/// Where a layer's norms stand. kPre: before attention and MLP. kPost: after them, before what they give is added.
+/// kBoth: before and after. kResidual: after it is added, on the sum.
+enum class NormPlace : uint8_t { kPre, kPost, kBoth, kResidual };
+/// Whether attention and MLP read the same sum: kNone, one after the other; kShared, also the same norm of it; kOwn,
+/// each through its own norm.
+enum class Parallel : uint8_t { kNone, kShared, kOwn };
+/// Norms of queries and keys before they are rotated: over each head, or over the whole row.
+enum class QkNorm : uint8_t { kNone, kHead, kRow };
+/// A router's weights of experts from its logits. kSoftmax: softmax over all, then the largest. kTopSoftmax: the
+/// largest, then softmax over them. kSigmoid: sigmoid of each, then the largest.
+enum class Scoring : uint8_t { kSoftmax, kTopSoftmax, kSigmoid };
+
+/// The words for these, in JSON and in Python: "rms", "layer"; "pre", "post", "both", "residual"; "none", "shared",
+/// "own"; "none", "head", "row"; "none", "silu", "gelu", "gelu_tanh", "relu", "swiglu_clamped"; "softmax",
+/// "top_softmax", "sigmoid".
+const char* config_word(NormKind value);
+const char* config_word(NormPlace value);
+const char* config_word(Parallel value);
+const char* config_word(QkNorm value);
+const char* config_word(Activation value);
+const char* config_word(Scoring value);
+/// The inverse, for these types. Throws ConfigError, listing the words there are, for any other word.
+template <class Enum>
+Enum config_enum(const std::string& word);
+
+/// What may differ from layer to layer.
+struct LayerConfig {
+  int32_t window = 0;   // a token sees itself and the window - 1 before it; 0: all before it
+  int32_t rope = 0;     // index into ModelConfig::ropes; -1: no rotary embedding
+  bool moe = false;     // its MLP is a mixture of experts
+
+  bool operator==(const LayerConfig&) const = default;
+};
+
+/// The mixture of experts of some layers.
+struct MoeConfig {
+  int32_t experts = 0;              // 0: the model has none
+  int32_t top_k = 0;                // experts of a token
+  int32_t intermediate_size = 0;    // of an expert
+  Scoring scoring = Scoring::kSoftmax;
+  bool normalize = false;           // the chosen weights are divided by their sum
+  float scale = 1.0f;               // of the chosen weights
+  int32_t groups = 1;               // only experts of the top_groups best of these groups are chosen
+  int32_t top_groups = 1;
+  bool correction = false;          // a number per expert is added for the choice alone
+  bool router_bias = false;
+  bool expert_bias = false;
+  int32_t shared_intermediate_size = 0;   // of an expert that every token has; 0: there is none
+  bool shared_gate = false;         // its weight is the sigmoid of a router logit of its own; else 1
+
+  bool operator==(const MoeConfig&) const = default;
 };
 
 /// A decoder-only transformer, free of family names. Filled by a family file (Python) or read from a
@@ -34,23 +94,62 @@ struct ModelConfig {
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;           // a multiple of 8
-  int32_t intermediate_size = 0;
+  int32_t intermediate_size = 0;  // of layers without experts
   int32_t max_position = 0;       // longest sequence the model was made for, in tokens
+  std::vector<RopeConfig> ropes;
+  std::vector<LayerConfig> layers;   // [num_layers], or empty: all as a LayerConfig{}, without RoPE if there is none
+
+  // The stream: what tokens become, and what layers add to it.
+  int32_t embed_size = 0;         // of the embedding table, projected to hidden_size and back; 0: hidden_size
+  float embed_scale = 1.0f;
+  bool embed_norm = false;        // the stream begins with a norm
+  int32_t learned_positions = 0;  // rows of a table of positions that is added; 0: there is none
+  int32_t position_offset = 0;    // row of position 0
+  NormKind norm = NormKind::kRms;
+  NormPlace norm_place = NormPlace::kPre;
+  bool norm_bias = false;         // kLayer alone
+  bool final_norm = true;
   float norm_eps = 1e-5f;
-  bool tie_embeddings = false;    // lm_head is the embedding table
-  bool attention_bias = false;    // q, k, v and o have a bias
+  Parallel parallel = Parallel::kNone;   // kPre alone
+  float residual_scale = 1.0f;    // of what attention and MLP add
+
+  // Attention
+  float attention_scale = 0.0f;   // of query-key products; 0: 1 / sqrt(head_dim)
+  float attention_softcap = 0.0f;   // scores s become cap * tanh(s / cap); 0: they don't
+  std::vector<float> alibi_slopes;  // [num_heads], of -(distance of query and key), added to scores; or none
+  bool attention_sinks = false;   // a learned score per head takes part in the softmax, with nothing behind it
+  QkNorm qk_norm = QkNorm::kNone;
+  bool qkv_bias = false;
+  bool o_bias = false;
+
+  // MLP
+  Activation activation = Activation::kSilu;
+  bool gated = true;              // down(act(gate(x)) * up(x)); else down(act(up(x)))
   bool mlp_bias = false;          // gate, up and down have a bias
-  RopeConfig rope;
+  MoeConfig moe;
+
+  // Logits
+  bool tie_embeddings = false;    // lm_head is the embedding table
+  bool lm_head_bias = false;
+  float logit_scale = 1.0f;
+  float logit_softcap = 0.0f;     // after the scale; 0: none
   std::vector<Token> eos_token_ids;
+
+  LayerConfig layer(int32_t index) const {
+    if (layers.empty()) return {0, ropes.empty() ? -1 : 0, false};
+    return layers[static_cast<size_t>(index)];
+  }
+  int32_t table_size() const { return embed_size > 0 ? embed_size : hidden_size; }
 
   bool operator==(const ModelConfig&) const = default;
 };
 
 /// Throws ConfigError, naming the field, if `config` is not a model that can be run.
 void validate(const ModelConfig& config);
-/// One JSON object; model_config_from_json is its inverse.
+/// One JSON object; model_config_from_json is its inverse. Throws ConfigError, naming the field, on a number that is
+/// not finite.
 std::string to_json(const ModelConfig& config);
-/// Throws ConfigError on malformed JSON, a missing or unknown field, or a value out of range.
+/// Throws ConfigError on malformed JSON, a missing or unknown field, a value out of range, or more than 1 MiB.
 ModelConfig model_config_from_json(const std::string& text);
 
 /// How an engine is set up. Every byte it will ever use is decided from this, in the constructor.

@@ -15,9 +15,13 @@ struct SeqView {
   SeqId id = 0;
   int32_t known = 0;      // tokens whose ids are known: prompt and output
   int32_t computed = 0;   // tokens whose keys and values are in the KV cache
-  int32_t blocks = 0;     // KV blocks held
-  int32_t shared = 0;     // of these, held by other sequences too: preempting frees blocks - shared
+  int32_t blocks = 0;     // KV blocks of its computed tokens
+  int32_t shared = 0;     // of these, held by other sequences too
   int32_t priority = 0;   // lower is served first
+  int32_t behind = 0;     // of `blocks`, given back because every attention window has passed them
+
+  /// KV blocks that preempting it frees.
+  int32_t own() const { return blocks - behind - shared; }
 
   bool operator==(const SeqView&) const = default;
 };

@@ -41,6 +41,10 @@ const char* kv_dtype_name(KvDType dtype);
 /// The inverse of kv_dtype_name. Throws ConfigError for any other name.
 KvDType kv_dtype_from_name(const std::string& name);
 
+/// kGelu is x * Phi(x); kGeluTanh its approximation by tanh; kSwigluClamped, of gated MLPs alone, is
+/// min(g, 7) * sigmoid(1.702 min(g, 7)) * (clamp(u, -7, 7) + 1).
+enum class Activation : uint8_t { kNone, kSilu, kGelu, kGeluTanh, kRelu, kSwigluClamped };
+
 /// The root of everything this library throws on purpose. The message says what was wrong, what was
 /// expected and what to do.
 class Error : public std::runtime_error {

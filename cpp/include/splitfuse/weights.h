@@ -1,14 +1,20 @@
 // Where weights come from. The library reads tensors by canonical name, one at a time:
 //
-//   embed.weight [vocab, hidden]       final_norm.weight [hidden]     lm_head.weight [vocab, hidden]
-//   layers.N.attn_norm.weight [hidden] layers.N.mlp_norm.weight [hidden]
-//   layers.N.attn.q.weight [heads * head_dim, hidden]     .bias where attention_bias
-//   layers.N.attn.k.weight, layers.N.attn.v.weight [kv_heads * head_dim, hidden]
-//   layers.N.attn.o.weight [hidden, heads * head_dim]
-//   layers.N.mlp.gate.weight, layers.N.mlp.up.weight [intermediate, hidden]   .bias where mlp_bias
-//   layers.N.mlp.down.weight [hidden, intermediate]
+//   embed.weight [vocab, table]        table is embed_size, or hidden if that is 0
+//   embed_in.weight [hidden, table]    embed_out.weight [table, hidden]     where embed_size is not 0
+//   embed_positions.weight [learned_positions, hidden]
+//   embed_norm [hidden]                final_norm [hidden]
+//   lm_head.weight [vocab, table], .bias
+//   layers.N.attn_norm, .attn_post_norm, .mlp_norm, .mlp_post_norm [hidden]
+//   layers.N.attn.q [heads * head_dim, hidden]      .attn.k, .attn.v [kv_heads * head_dim, hidden]
+//   layers.N.attn.q_norm.weight [heads * head_dim]  .attn.k_norm.weight [kv_heads * head_dim]
+//   layers.N.attn.sinks.weight [heads]              .attn.o [hidden, heads * head_dim]
+//   layers.N.mlp.gate, .mlp.up [intermediate, hidden]    .mlp.down [hidden, intermediate]
+//   layers.N.moe.router [experts, hidden]   .moe.correction.weight [experts]   .moe.shared_gate.weight [1, hidden]
+//   layers.N.moe.E.gate, .up, .down         as an MLP's, E = experts for the shared one
 //
-// q and k rows are in the half-split RoPE order (dimension i pairs with i + head_dim / 2).
+// Norms and linear layers have a .weight, and a .bias where ModelConfig says so; weight_shapes() lists what a model
+// needs. Query and key rows are in the half-split RoPE order (dimension i of those rotated pairs with i + half).
 #pragma once
 
 #include <cstddef>
@@ -75,6 +81,7 @@ struct SafetensorsHeader {
     std::string name;
     std::string dtype;   // as written: "F32", "BF16", "I64", ...
     std::vector<int64_t> shape;
+    int64_t begin = 0;   // byte of the file where its data begin
   };
   std::vector<Tensor> tensors;   // in the order of their data
   std::vector<std::pair<std::string, std::string>> metadata;

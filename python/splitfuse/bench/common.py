@@ -13,7 +13,7 @@ from typing import Any
 
 from .._core import Engine, InvalidArgument, StepOutput
 from .._progress import byte_bar, on_terminal
-from ..llm import engine_config
+from ..engine_setup import engine_config
 from ..request import SamplingParams
 from .limits import Costs, Roof, measure_roof
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .. import _core
-from ..llm import engine_config
+from ..engine_setup import engine_config
 from .common import emit, of_roof, roof_facts
 from .limits import Roof, Work, measure_roof
 

@@ -2,7 +2,10 @@
 
 With d hidden size, h and g query and key-value heads of size s, f the MLP's width, L layers, V vocabulary:
 
-    linear      Nl = L (2 d h s + 2 d g s + 3 d f)            parameters of the layers' matrices
+    linear      Nl = L (2 d h s + 2 d g s + 3 d f)            parameters of the layers' matrices; 2 d f where the MLP
+                                                              has no gate
+    experts     Ne = 3 d f' E                                 in place of 3 d f; a token computes with k of E, and T
+                                                              tokens read about E (1 - (1 - k / E)^T) of them
     head        Nh = d V                                      the embedding is a gather: nothing
     KV          kvB = 2 L g s b                               bytes a token, at b bytes a number; in int8 2 L g (s + 4),
                                                               with a scale for each head's key and value
@@ -73,6 +76,10 @@ class Costs:
 
     linear_params: int
     head_params: int
+    expert_params: int
+    """Of one layer's experts, of which a token has `active` of `experts`, over all such layers."""
+    experts: int
+    active: int
     bytes_per_param: float
     bytes_per_head_param: float
     kv_bytes_per_token: int
@@ -83,13 +90,21 @@ class Costs:
     def of(model: _core.ModelConfig, dtype: str, quantize: str = "dense", kv_dtype: str = "auto") -> Costs:
         """`dtype`: of activations and, unless `quantize` and `kv_dtype` say otherwise, weights and KV cache."""
         q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        layer = 2 * model.hidden_size * (q + kv) + 3 * model.hidden_size * model.intermediate_size
+        matrices = (3 if model.gated else 2) * model.hidden_size
+        moe = model.moe
+        sparse = sum(layer.moe for layer in model.layers)
+        dense = 2 * model.hidden_size * (q + kv) * model.num_layers
+        dense += matrices * model.intermediate_size * (model.num_layers - sparse)
+        dense += (matrices * moe.shared_intermediate_size + model.hidden_size * moe.experts) * sparse
         size = _DTYPE_BYTES[dtype]
         kv_bytes = kv * size if kv_dtype == "auto" else kv + model.num_kv_heads * _SCALE_BYTES
         integers = quantize in _FORMAT_BYTES
         return Costs(
-            linear_params=model.num_layers * layer,
+            linear_params=dense,
             head_params=model.hidden_size * model.vocab_size,
+            expert_params=matrices * moe.intermediate_size * moe.experts * sparse,
+            experts=max(moe.experts, 1),
+            active=moe.top_k,
             bytes_per_param=_FORMAT_BYTES.get(quantize, size),
             bytes_per_head_param=_FORMAT_BYTES["int8"] if integers else size,
             kv_bytes_per_token=2 * model.num_layers * kv_bytes,
@@ -99,18 +114,29 @@ class Costs:
 
     @property
     def weight_bytes(self) -> float:
-        """Read by every forward that needs logits."""
-        return self.linear_params * self.bytes_per_param + self.head_params * self.bytes_per_head_param
+        """Read by a forward of one token that needs logits."""
+        return self._read(1) + self.head_params * self.bytes_per_head_param
+
+    @property
+    def params_per_token(self) -> float:
+        """Of the layers, that a token computes with."""
+        return self.linear_params + self.expert_params * self.active / self.experts
+
+    def _read(self, tokens: int) -> float:
+        """Bytes of the layers' matrices that a forward of so many tokens reads, experts as if they were drawn."""
+        touched = 1 - (1 - self.active / self.experts) ** tokens
+        return (self.linear_params + self.expert_params * touched) * self.bytes_per_param
 
     def forward(self, chunks: Iterable[tuple[int, int]], outputs: int) -> Work:
         """`chunks`: (position of the first token, tokens)."""
-        read = self.linear_params * self.bytes_per_param
+        chunks = list(chunks)
+        read = self._read(sum(count for _, count in chunks))
         if outputs:
             read += self.head_params * self.bytes_per_head_param
-        matrices, attention = 2 * self.head_params * outputs, 0
+        matrices, attention = 2.0 * self.head_params * outputs, 0
         for start, count in chunks:
             read += (start + count) * self.kv_bytes_per_token
-            matrices += 2 * self.linear_params * count
+            matrices += 2 * self.params_per_token * count
             attention += self.attention_flops_per_pair * (count * start + count * (count + 1) // 2)
         return Work(read, attention, matrices) if self.integers else Work(read, attention + matrices)
 

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from .._progress import byte_bar, on_terminal
-from .options import add_model, add_quantize
+from .options import add_lora, add_model, add_quantize
 
 _EXAMPLES = """\
 examples:
@@ -37,13 +37,14 @@ def add_parser(commands: Any) -> None:
         help="of what is not quantized (default: bfloat16; float32 beside integers)",
     )
     add_quantize(parser, "write the matrices in so many bits")
+    add_lora(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..loader import load
 
-    loaded = load(args.model)
+    loaded = load(args.model, lora=args.lora)
     quantize = loaded.quantize_as(args.quantize)
     with byte_bar(f"Converting {loaded.name}", on_terminal()) as progress:
         loaded.save(args.out, args.dtype, progress, quantize)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from typing import Any
 
 from .. import _core
 from ..bench.limits import Costs, Roof, measure_roof
-from ..llm import engine_config
-from .options import add_engine, add_model, engine_options
+from ..engine_setup import engine_config
+from .options import add_engine, add_lora, add_model, engine_options
 
 _EXAMPLES = """\
 examples:
@@ -35,6 +36,7 @@ def add_parser(commands: Any) -> None:
         "--measure", action="store_true", help="measure the machine, and with it the ceilings of speed"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_lora(parser)
     add_engine(parser)
     parser.set_defaults(run=run)
 
@@ -42,7 +44,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..loader import load
 
-    loaded = load(args.model)
+    loaded = load(args.model, lora=args.lora)
     config = engine_config(**engine_options(args))
     config.quantize = loaded.quantize_as(args.quantize)
     plan = _core.plan_memory(loaded.config, config)
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         },
         "costs": {
             "weight_bytes_per_forward": costs.weight_bytes,
-            "flops_per_token": 2 * (costs.linear_params + costs.head_params),
+            "flops_per_token": 2 * (costs.params_per_token + costs.head_params),
             "kv_bytes_per_token": costs.kv_bytes_per_token,
             "attention_flops_per_pair": costs.attention_flops_per_pair,
         },
@@ -109,15 +111,27 @@ def _ceilings(costs: Costs, roof: Roof) -> dict[str, Any]:
     }
 
 
+def _text(value: Any) -> str:
+    """A value of the configuration in a line: equal layers are counted, frequencies are given by their ends."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items() if item != [])
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        kinds = Counter(_text(item) for item in value)
+        return "; ".join(f"{count} x ({kind})" if count > 1 else kind for kind, count in kinds.items())
+    if isinstance(value, list) and len(value) > 8:
+        return f"{len(value)} from {_text(value[0])} to {_text(value[-1])}"
+    return str(value)
+
+
 def _print(facts: dict[str, Any], plan: str) -> None:
     config, machine, costs, ceilings = (facts[name] for name in ("config", "machine", "costs", "ceilings"))
     print(f"{facts['name']}  ({facts['path']})")
     print(f"  parameters   {facts['parameters']:,}")
     for name, value in config.items():
-        if not isinstance(value, dict):
-            print(f"  {name:<20} {f'{value:g}' if isinstance(value, float) else value}")
-        else:
-            print(f"  {name:<20} {', '.join(f'{k} {v}' for k, v in value.items())}")
+        if value != [] and not (name == "moe" and value["experts"] == 0):
+            print(f"  {name:<20} {_text(value)}")
     print(plan.rstrip())
     print("machine")
     print(f"  instruction sets  {', '.join(machine['isas'])}; runs on {machine['isa']}")

@@ -138,11 +138,19 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="keep integers that --quantize had to fit for the next start (default: yes)",
     )
+    add_lora(parser)
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora", metavar="PATH", help="merge the PEFT adapter in this directory into the model"
+    )
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `load_engine`; those of `LLM` but its policy."""
-    return {**engine_options(args), "verbose": args.verbose, "quantize_cache": args.quantize_cache}
+    loading = {name: getattr(args, name) for name in ("verbose", "quantize_cache", "lora")}
+    return {**engine_options(args), **loading}
 
 
 def load_llm(args: argparse.Namespace) -> LLM:

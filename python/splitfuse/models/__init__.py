@@ -7,10 +7,66 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._core import ConfigError
+from .bloom import BLOOM
+from .cohere import COHERE, COHERE2
+from .exaone4 import EXAONE4
+from .falcon import FALCON
 from .family import Family
-from .llama import LLAMA
+from .gemma import GEMMA, GEMMA2, GEMMA3
+from .glm import GLM, GLM4
+from .gpt2 import GPT2, GPT_BIGCODE
+from .gpt_neox import GPT_NEOX
+from .gpt_oss import GPT_OSS
+from .gptj import GPTJ
+from .granite import GRANITE, MINICPM
+from .internlm2 import INTERNLM2
+from .llama import LLAMA, MISTRAL
+from .mixtral import MIXTRAL
+from .olmo2 import OLMO2
+from .opt import OPT
+from .phi import PHI
+from .phi3 import PHI3
+from .qwen import QWEN, QWEN2, QWEN3
+from .qwen_moe import QWEN2_MOE, QWEN3_MOE
+from .smollm3 import SMOLLM3
+from .stablelm import STABLELM
+from .starcoder2 import STARCODER2
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (
+    BLOOM,
+    COHERE,
+    COHERE2,
+    EXAONE4,
+    FALCON,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GLM,
+    GLM4,
+    GPT2,
+    GPTJ,
+    GPT_BIGCODE,
+    GPT_NEOX,
+    GPT_OSS,
+    GRANITE,
+    INTERNLM2,
+    LLAMA,
+    MINICPM,
+    MISTRAL,
+    MIXTRAL,
+    OLMO2,
+    OPT,
+    PHI,
+    PHI3,
+    QWEN,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+    SMOLLM3,
+    STABLELM,
+    STARCODER2,
+)
 
 __all__ = ["FAMILIES", "Family", "family_of", "supported_architectures"]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from .._core import ConfigError, ModelConfig, RopeConfig
+import numpy.typing as npt
+
+from .._core import ConfigError, ModelConfig, canonical_names
 
 # Hugging Face fields that alter the result in some family, with the values under which they don't. Fields
 # that are in no list are ignored, as the reference implementation ignores them.
@@ -15,6 +17,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "attention_multiplier": (),
     "attn_logit_softcapping": (),
+    "clip_qkv": (),
     "embedding_multiplier": (1,),
     "final_logit_softcapping": (),
     "layer_types": (),
@@ -23,7 +26,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_rope_layers": ([],),
     "num_experts": (0,),
     "num_local_experts": (0,),
-    "partial_rotary_factor": (1,),
     "pretraining_tp": (1,),
     "quantization_config": (),
     "query_pre_attn_scalar": (),
@@ -35,32 +37,111 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
 }
 _INT_MAX = 2**31 - 1
-_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_LLAMA3_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-_SCALINGS = {"default": set(), "none": set(), "linear": {"factor"}, "llama3": _LLAMA3_KEYS}
+_FLOAT_MAX = sys.float_info.max
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+Array = npt.NDArray[Any]
+Make = Callable[[Array, ModelConfig, int], Array]
+
+
+class Part(NamedTuple):
+    """A canonical weight that is made of a tensor: `make(tensor, config, expert)`. `bare`: `name` is the tensor's whole
+    name, without .weight or .bias behind it. `many`: it is made of so many tensors, one after another, `{}` in `name`
+    being their numbers."""
+
+    name: str
+    make: Make | None = None
+    bare: bool = False
+    many: Callable[[ModelConfig], int] | None = None
+
+
+class Source(NamedTuple):
+    """The tensor that a canonical weight comes from, or several, one after another, and what is made of them; None:
+    they are taken as they are."""
+
+    names: tuple[str, ...]
+    make: Callable[[Array], Array] | None
+
+
+Names = Mapping[str, str | Part]
 
 
 @dataclass(frozen=True)
 class Family:
     """A model family as data.
 
-    `tensors`: canonical name -> name in the checkpoint, layers written as `layers.N.` and `{layer_prefix}N.`.
+    `tensors`: canonical name -> name in the checkpoint, without the layers' `layers.N.` and `layer_prefix` (with the
+    layer for its `{}`), the endings .weight and .bias, and `moe.E.` for experts: `moe.expert.` stands for each of them,
+    with `{}` for its number, `moe.shared.` for the one that all tokens have. An ending may be given, where weight and
+    bias have names of their own. A function where the names depend on the configuration.
     `harmless`: endings of tensor names that a checkpoint may have and that are not weights.
+    `base`: the beginning of names that checkpoints of the model without its head leave out.
     """
 
     name: str
     architectures: tuple[str, ...]
     config: Callable[[Fields], ModelConfig]
-    tensors: Mapping[str, str]
-    layer_prefix: str
+    tensors: Names | Callable[[ModelConfig], Names]
+    layer_prefix: str = "model.layers.{}."
     harmless: tuple[str, ...] = ()
+    base: str = ""
 
-    def tensor_name(self, canonical: str) -> str:
+    def read(self, fields: Fields) -> ModelConfig:
+        """What `config.json` means. Raises ConfigError, naming the field, where that is nothing that can be run."""
+        config = self.config(fields)
+        config.family = self.name
+        config.eos_token_ids = fields.eos_ids()
+        fields.expect_rest_neutral()
+        return config
+
+    def sources(self, config: ModelConfig, found: Iterable[str] = ()) -> dict[str, Source]:
+        """Of every weight that a model needs, by canonical name. `found`: the names that the checkpoint has."""
+        names = self.tensors(config) if callable(self.tensors) else self.tensors
+        sources = {
+            canonical: self._source(names, config, canonical) for canonical, _ in canonical_names(config)
+        }
+        if not self.base or any(name.startswith(self.base) for name in found):
+            return sources
+        return {
+            canonical: Source(tuple(name.removeprefix(self.base) for name in source.names), source.make)
+            for canonical, source in sources.items()
+        }
+
+    def _source(self, names: Names, config: ModelConfig, canonical: str) -> Source:
         stem, kind = canonical.rsplit(".", 1)
-        if not stem.startswith("layers."):
-            return f"{self.tensors[stem]}.{kind}"
-        _, layer, rest = stem.split(".", 2)
-        return f"{self.layer_prefix}{layer}.{self.tensors[rest]}.{kind}"
+        prefix, expert = "", 0
+        if stem.startswith("layers."):
+            _, layer, stem = stem.split(".", 2)
+            prefix = self.layer_prefix.format(layer)
+        parts = stem.split(".")
+        if parts[0] == "moe" and parts[1].isdigit():
+            expert = int(parts[1])
+            shared = config.moe.shared_intermediate_size > 0 and expert == config.moe.experts
+            stem = f"moe.{'shared' if shared else 'expert'}.{parts[2]}"
+        given = names.get(f"{stem}.{kind}") or names[stem]
+        part = Part(given) if isinstance(given, str) else given
+        numbers = [expert] if part.many is None else range(part.many(config))
+        ending = "" if part.bare else f".{kind}"
+        tensors = tuple(f"{prefix}{part.name.format(number)}{ending}" for number in numbers)
+        make = part.make
+        return Source(tensors, None if make is None else lambda array: make(array, config, expert))
+
+    def is_harmless(self, name: str, config: ModelConfig) -> bool:
+        if name.endswith(self.harmless):
+            return True
+        names = self.tensors(config) if callable(self.tensors) else self.tensors
+        return config.tie_embeddings and name == f"{names.get('lm_head')}.weight"
 
 
 class Fields:
@@ -69,28 +150,80 @@ class Fields:
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self._values = values
         self._where = where
+        self._asked: set[str] = set()
 
     def error(self, text: str) -> ConfigError:
         return ConfigError(f"{self._where}: {text}")
 
     def __contains__(self, name: str) -> bool:
+        self._asked.add(name)
         return self._values.get(name) is not None
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value, or `default` where the field is missing or null."""
+        self._asked.add(name)
         value = self._values.get(name)
         return default if value is None else value
 
+    def which(self, *names: str) -> str:
+        """The first of `names`, which mean the same, that the file has; the first if it has none."""
+        return next((name for name in names if name in self), names[0])
+
+    def names(self) -> set[str]:
+        """Of the fields that have a value."""
+        return {name for name, value in self._values.items() if value is not None}
+
+    def part(self, values: Mapping[str, Any]) -> Fields:
+        """Fields that lie deeper in the file."""
+        return Fields(values, self._where)
+
     def number(self, name: str, default: float | None = None) -> float:
-        return self._number(name, self.get(name, default))
+        value = self.get(name, default)
+        if value is None:
+            raise self.error(f"{name} is missing")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _FLOAT_MAX:
+            raise self.error(f"{name} is {_short(value)}; expected a number")
+        return value
 
     def integer(self, name: str, default: int | None = None) -> int:
-        return self._whole(name, {name: self.get(name, default)})
+        value = self.number(name, default)
+        if not isinstance(value, int) or not 0 <= value <= _INT_MAX:
+            raise self.error(f"{name} is {_short(value)}; expected an integer from 0 to {_INT_MAX}")
+        return value
+
+    def words(self, name: str) -> list[str]:
+        """A list of strings; empty if it is missing."""
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(f"{name} is {_short(value)}; expected a list of words")
+        return value
+
+    def activation(self, name: str = "hidden_act", default: str | None = None) -> str:
+        """A ModelConfig.activation."""
+        value = self.get(name, default)
+        if value not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
+            raise self.error(f"{name} is {_short(value)}, which is not supported; supported: {known}")
+        return _ACTIVATIONS[value]
+
+    def head_dim(self, hidden: int, heads: int, name: str = "head_dim") -> int:
+        """As the file gives it, or hidden / heads."""
+        if heads <= 0 or (name not in self and hidden % heads != 0):
+            raise self.error(
+                f"num_attention_heads is {heads}; expected a divisor of the hidden size, {hidden}"
+            )
+        return self.integer(name, hidden // heads)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise self.error(f"{name} is {value!r}; expected true or false")
+            raise self.error(f"{name} is {_short(value)}; expected true or false")
+        return value
+
+    def object(self, name: str) -> Mapping[str, Any]:
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise self.error(f"{name} is {_short(value)}; expected an object")
         return value
 
     def expect(self, name: str, *supported: Any) -> None:
@@ -100,41 +233,20 @@ class Fields:
             only = " or ".join(repr(item) for item in supported) or "null"
             raise self.error(f"{name} is {_short(value)}, which is not supported; expected {only}")
 
-    def expect_neutral(self) -> None:
+    def expect_rest_neutral(self) -> None:
+        """Of the fields that no one has asked for, none alters the result."""
         for name, values in _NEUTRAL.items():
-            if name == "layer_types" and set(self.get(name, [])) <= {"full_attention"}:
+            if name in self._asked:
                 continue
-            if name == "sliding_window" and self.get("use_sliding_window") is False:
+            if name == "layer_types" and self._is_list_of(name, "full_attention"):
+                continue
+            if name == "sliding_window" and self._values.get("use_sliding_window") is False:
                 continue
             self.expect(name, *values)
 
-    def rope(self) -> RopeConfig:
-        """Rotary embedding, in transformers 5's spelling (`rope_parameters`) or the older one (`rope_theta`,
-        `rope_scaling` with `rope_type` or `type`)."""
-        values = {"rope_theta": self.get("rope_theta", 10000.0)}
-        for field in ("rope_scaling", "rope_parameters"):
-            given = self.get(field, {})
-            if not isinstance(given, Mapping):
-                raise self.error(f"{field} is {_short(given)}; expected an object")
-            for key, value in given.items():
-                if value is None:
-                    continue
-                if (
-                    key in values
-                    and field == "rope_parameters"
-                    and key != "rope_theta"
-                    and values[key] != value
-                ):
-                    raise self.error(f"rope_scaling and rope_parameters give different values of {key}")
-                values[key] = value
-        kinds = {
-            values[key] for key in ("rope_type", "type") if key in values and isinstance(values[key], str)
-        }
-        kind = kinds.pop() if kinds else "default"
-        if kinds or kind not in _SCALINGS:
-            named, known = ", ".join(sorted([kind, *kinds])), ", ".join(_SCALINGS)
-            raise self.error(f"RoPE scaling {named} is not supported; supported: {known}")
-        return self._rope(kind, values)
+    def _is_list_of(self, name: str, item: str) -> bool:
+        value = self.get(name)
+        return isinstance(value, list) and all(found == item for found in value)
 
     def eos_ids(self) -> list[int]:
         value = self.get("eos_token_id", [])
@@ -143,47 +255,6 @@ class Fields:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _INT_MAX:
                 raise self.error(f"eos_token_id is {_short(value)}; expected a token id or a list of them")
         return ids
-
-    def _rope(self, kind: str, values: dict[str, Any]) -> RopeConfig:
-        needed = _SCALINGS[kind]
-        if kind in ("default", "none"):  # left over from a scaling that was switched off
-            values = {key: value for key, value in values.items() if key not in _LLAMA3_KEYS}
-        allowed = _ROPE_KEYS | needed | ({"original_max_position_embeddings"} if kind == "linear" else set())
-        if unknown := sorted(set(values) - allowed):
-            raise self.error(f"RoPE field {unknown[0]} is not supported with scaling {kind!r}")
-        if missing := sorted(needed - set(values)):
-            raise self.error(f"RoPE scaling {kind!r} lacks {', '.join(missing)}")
-        numbers = {key: self._number(key, values[key]) for key in needed | {"rope_theta"}}
-        if values.get("partial_rotary_factor", 1) != 1:
-            raise self.error(
-                f"partial_rotary_factor is {values['partial_rotary_factor']}; only 1 is supported"
-            )
-        theta = numbers["rope_theta"]
-        if kind == "linear":
-            return RopeConfig(scaling="linear", theta=theta, factor=numbers["factor"])
-        if kind == "llama3":
-            return RopeConfig(
-                scaling="llama3",
-                theta=theta,
-                factor=numbers["factor"],
-                low_freq_factor=numbers["low_freq_factor"],
-                high_freq_factor=numbers["high_freq_factor"],
-                original_max_position=self._whole("original_max_position_embeddings", values),
-            )
-        return RopeConfig(theta=theta)
-
-    def _whole(self, name: str, values: Mapping[str, Any]) -> int:
-        value = self._number(name, values[name])
-        if not isinstance(value, int) or not 0 <= value <= _INT_MAX:
-            raise self.error(f"{name} is {value!r}; expected an integer from 0 to {_INT_MAX}")
-        return value
-
-    def _number(self, name: str, value: Any) -> float:
-        if value is None:
-            raise self.error(f"{name} is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.error(f"{name} is {_short(value)}; expected a number")
-        return value
 
 
 def _short(value: Any) -> str:

@@ -68,7 +68,7 @@ class Room:
             self._preempt_last()
         if index == 0 and self._end == 1:
             # Blocks that the victims shared among themselves are free now, which no single one of them told.
-            self.free = self._total - view.blocks
+            self.free = self._total - (view.blocks - view.behind)
         if self._blocks(view, 1) > self.free:
             self._preempt_last()
             return
@@ -117,7 +117,7 @@ class Room:
         view = self._line[self._end]
         if view.blocks > 0:
             self.preempted.append(view.id)
-            self.free += view.blocks - view.shared
+            self.free += view.own
 
 
 class Policy(Scheduler):

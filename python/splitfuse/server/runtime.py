@@ -133,7 +133,7 @@ class Runtime:
         self._served.scheduler.start()
 
     def _load(self) -> Served:
-        from ..llm import load_engine
+        from ..engine_setup import load_engine
         from ..policies import make_scheduler, step_tokens
 
         loaded, engine = load_engine(

@@ -57,7 +57,7 @@ class Settings:
 
     model: str
     engine: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of `splitfuse.llm.load_engine`."""
+    """Keyword arguments of `splitfuse.engine_setup.load_engine`."""
     policy: str = "splitfuse"
     served_names: tuple[str, ...] = ()
     """Names that clients may use, the first one shown; empty: the model's own."""

@@ -1,0 +1,111 @@
+"""Quantised matrices as tensors like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .._core import CheckpointError
+from ..gguf_blocks import Integers
+from ..models.family import Array
+from ..tensors import Listed, Tensors
+
+Parts = Mapping[str, Array]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to quantise. The matrix X.weight is stored as X + `codes` and tensors X + each of `others`, of which
+    those in `optional` may be missing.
+
+    `shape`: of the matrix, from the stored shapes by ending. `floats`: the matrix [n, k], from the tensors by ending.
+    `integers`: the same as the engine's integers of `format`, or None where it has no such form for this one.
+    """
+
+    kind: str
+    codes: str
+    others: tuple[str, ...]
+    shape: Callable[[Mapping[str, tuple[int, ...]]], tuple[int, ...]]
+    floats: Callable[[Parts], npt.NDArray[Any]]
+    optional: tuple[str, ...] = ()
+    dtype: str | None = None  # of the codes, where a dense matrix may have the same name
+    weight: str = ".weight"
+    format: str = "dense"
+    reused: int = 0  # how many matrices to keep, where one holds what is asked for in many parts
+    integers: Callable[[Parts], Integers | None] | None = None
+
+
+class Quantised:
+    """The tensors of a checkpoint with a matrix in the place of those that make it."""
+
+    def __init__(self, tensors: Tensors, scheme: Scheme) -> None:
+        self.where = tensors.where
+        self.scheme = scheme
+        self._tensors = tensors
+        found = {listed.name: listed for listed in tensors.listing()}
+        self._stored: dict[str, dict[str, str]] = {}
+        self._kept: dict[str, Array] = {}
+        self._listing: dict[str, Listed] = {}
+        used: set[str] = set()
+        for name, listed in found.items():
+            if not name.endswith(scheme.codes) or scheme.dtype not in (None, listed.dtype):
+                continue
+            stem = name.removesuffix(scheme.codes)
+            parts = {end: stem + end for end in (scheme.codes, *scheme.others) if stem + end in found}
+            missing = [end for end in scheme.others if end not in parts and end not in scheme.optional]
+            if missing:
+                raise CheckpointError(
+                    f"{self.where}: tensor {stem + missing[0]!r} is missing ({scheme.kind})"
+                )
+            matrix = stem + scheme.weight
+            self._stored[matrix] = parts
+            try:
+                shape = scheme.shape({end: found[part].shape for end, part in parts.items()})
+            except (ValueError, IndexError, ZeroDivisionError):
+                raise CheckpointError(
+                    f"{self.where}: the tensors of {stem!r} have shapes that don't fit each other ({scheme.kind})"
+                ) from None
+            self._listing[matrix] = Listed(matrix, "F32", shape)
+            used |= set(parts.values())
+        self._dense = [listed for name, listed in found.items() if name not in used]
+        if not self._stored:
+            raise CheckpointError(
+                f"{self.where}: holds no matrix as {scheme.kind}, which the configuration names"
+            )
+
+    def listing(self) -> Iterable[Listed]:
+        return [*self._listing.values(), *self._dense]
+
+    @property
+    def count(self) -> int:
+        return len(self._stored)
+
+    def is_quantised(self, name: str) -> bool:
+        return name in self._stored
+
+    def read(self, name: str) -> Array:
+        if name not in self._stored:
+            return self._tensors.read(name)
+        if name in self._kept:
+            return self._kept[name]
+        matrix = self.scheme.floats(self._parts(name))
+        if self.scheme.reused:
+            if len(self._kept) == self.scheme.reused:
+                del self._kept[next(iter(self._kept))]
+            self._kept[name] = matrix
+        return matrix
+
+    def read_integers(self, name: str) -> Integers | None:
+        """The matrix in the engine's form; None where it has none for this one."""
+        if name not in self._stored or self.scheme.integers is None:
+            return None
+        return self.scheme.integers(self._parts(name))
+
+    def _parts(self, name: str) -> dict[str, Array]:
+        # Each is valid until the next is read.
+        return {end: np.array(self._tensors.read(part)) for end, part in self._stored[name].items()}
