@@ -48,9 +48,9 @@ class PagedAttention {
   using Entry = AttentionPlan::Entry;
   struct Room {
     AttentionGrain grain;
-    int32_t angle_columns = 0;     // of a row
-    int64_t angles = 0;            // floats
-    int64_t thread = 0;            // floats
+    int32_t angle_columns = 0;  // of a row
+    int64_t angles = 0;  // floats
+    int64_t thread = 0;  // floats
   };
 
   Room room(const AttentionShape& shape, const StepLimits& limits) const;
@@ -69,22 +69,22 @@ class PagedAttention {
   DType dtype_;
   Isa isa_;
   ThreadPool& pool_;
-  AttentionKernels kernels_;       // for the KV cache that prepare() was given
+  AttentionKernels kernels_;  // for the KV cache that prepare() was given
   AttentionShape shape_;
   KvLayout layout_;
   std::byte* kv_ = nullptr;
   RaggedBatch batch_;
-  int32_t group_ = 0;              // query heads per KV head
+  int32_t group_ = 0;  // query heads per KV head
   Memory memory_;
   int32_t angle_columns_ = 0;
   std::vector<int32_t> angle_at_;  // of each of shape_.ropes, in a row
-  float* angles_ = nullptr;        // [rows][angle_columns_]: cosines, then sines of each
+  float* angles_ = nullptr;  // [rows][angle_columns_]: cosines, then sines of each
   int64_t thread_floats_ = 0;
-  float* scratch_ = nullptr;       // [threads][thread_floats_]
+  float* scratch_ = nullptr;  // [threads][thread_floats_]
   float* partials_ = nullptr;
-  std::vector<AttentionPlan> plans_;   // one for each window there is
-  std::vector<int32_t> plan_of_;   // [layers], in plans_
-  std::vector<std::atomic<int32_t>> unfinished_;   // [split][kv head]: parts still running
+  std::vector<AttentionPlan> plans_;  // one for each window there is
+  std::vector<int32_t> plan_of_;  // [layers], in plans_
+  std::vector<std::atomic<int32_t>> unfinished_;  // [split][kv head]: parts still running
   std::atomic<int64_t> next_item_{0};
 };
 
