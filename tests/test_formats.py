@@ -143,7 +143,9 @@ def fp8_rows(weight: torch.Tensor, rng: np.random.Generator) -> tuple[State, tor
 
 
 def ct(kind: str, bits: int, format: str) -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "group", "group_size": GROUP}
+    weights: dict[str, Any] = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "channel"}
+    if format == "pack-quantized":
+        weights |= {"strategy": "group", "group_size": GROUP}
     return {
         "quant_method": "compressed-tensors",
         "format": format,
@@ -246,6 +248,19 @@ def test_logits_are_those_of_transformers_with_these_matrices(
         ("compressed-tensors w8a8", {"config_groups": {}}, "config_groups"),
         ("fp8, blocks", {"weight_block_size": [128]}, "weight_block_size is [128]"),
         ("fp8, blocks", {"fmt": "e5m2"}, "fmt is 'e5m2'"),
+        ("fp8, blocks", {"weight_block_size": ["x", 1]}, "weight_block_size is ['x', 1]"),
+        ("fp8, blocks", {"weight_block_size": [0, 128]}, "weight_block_size is [0, 128]"),
+        ("gptq", {"quant_method": ["gptq"]}, "quant_method is ['gptq']"),
+        (
+            "compressed-tensors w8a8",
+            {"transform_config": {"config_groups": {"R4": 1}}},
+            "transform_config is",
+        ),
+        (
+            "compressed-tensors w8a8",
+            {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "format is 'sparse-24",
+        ),
     ],
 )
 def test_a_scheme_that_is_not_supported_is_named(
@@ -256,6 +271,97 @@ def test_a_scheme_that_is_not_supported_is_named(
         loader.load(path)
     assert message in str(error.value)
     assert str(path / "config.json") in str(error.value)
+
+
+Change = Callable[[State], object]
+
+
+def short(name: str) -> Change:
+    return lambda state: state.update({name: state[name][:-1].contiguous()})
+
+
+def far_group(state: State) -> None:
+    state["model.layers.0.mlp.up_proj.g_idx"] += 100
+
+
+@pytest.mark.parametrize(
+    ("scheme", "change", "message"),
+    [
+        ("gptq", short("model.layers.1.mlp.up_proj.scales"), "don't fit each other"),
+        ("gptq", short("model.layers.1.mlp.up_proj.qzeros"), "don't fit each other"),
+        ("gptq", short("model.layers.1.mlp.up_proj.g_idx"), "don't fit each other"),
+        (
+            "gptq",
+            lambda s: s.update({"model.layers.1.mlp.up_proj.weight": torch.ones(2, 2)}),
+            "is there twice",
+        ),
+        ("gptq", lambda s: s.update({"model.layers.1.mlp.up_proj.bias": torch.ones(256)}), "no place"),
+        ("awq", short("model.layers.1.mlp.up_proj.scales"), "don't fit each other"),
+        (
+            "compressed-tensors w4a16",
+            short("model.layers.1.mlp.up_proj.weight_scale"),
+            "don't fit each other",
+        ),
+        ("fp8, tensors", lambda s: s.pop("model.layers.1.mlp.up_proj.weight_scale"), "don't fit each other"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_named(
+    checkpoint: Callable[..., tuple[Path, torch.nn.Module]], scheme: str, change: Change, message: str
+) -> None:
+    path, _ = checkpoint(scheme)
+    state = load_file(path / "model.safetensors")
+    change(state)
+    save_file(state, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj") as error:
+        loader.load(path)
+    assert message in str(error.value)
+
+
+def test_groups_that_do_not_exist_are_named(checkpoint: Callable[..., tuple[Path, torch.nn.Module]]) -> None:
+    path, _ = checkpoint("gptq, by activation")
+    state = load_file(path / "model.safetensors")
+    far_group(state)
+    save_file(state, path / "model.safetensors")
+    with pytest.raises((CheckpointError, ValueError), match="g_idx names groups"):
+        loader.load(path).weights.read("layers.0.mlp.up.weight")
+
+
+def test_one_matrix_without_a_form_makes_all_dense(
+    checkpoint: Callable[..., tuple[Path, torch.nn.Module]],
+) -> None:
+    """Or that one would be fitted anew, at a loss that nobody asked for."""
+    path, _ = checkpoint("gptq")
+    assert loader.load(path).kinds == {"int4 (gptq, 4 bits)": 21}
+    state = load_file(path / "model.safetensors")
+    order = state["model.layers.2.mlp.down_proj.g_idx"]
+    state["model.layers.2.mlp.down_proj.g_idx"] = order.flip(0).contiguous()
+    save_file(state, path / "model.safetensors")
+    loaded = loader.load(path)
+    assert (loaded.quantize, loaded.kinds) == ("dense", {"gptq, 4 bits": 21})
+
+
+def test_what_writers_add_and_nobody_needs_is_left_alone(
+    checkpoint: Callable[..., tuple[Path, torch.nn.Module]],
+) -> None:
+    """AutoGPTQ gives every layer a bias; FP8 checkpoints suggest scales of an 8-bit cache, and call theirs two ways."""
+    path, _ = checkpoint("gptq")
+    state = load_file(path / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.bias"] = torch.zeros(256)
+    save_file(state, path / "model.safetensors")
+    assert loader.load(path).quantize == "int4"
+
+
+@pytest.mark.parametrize("name", ["fp8, tensors"])
+def test_scales_of_fp8_have_two_names(
+    checkpoint: Callable[..., tuple[Path, torch.nn.Module]], name: str
+) -> None:
+    path, model = checkpoint(name)
+    state = load_file(path / "model.safetensors")
+    renamed = {key.replace("weight_scale", "weight_scale_inv"): value for key, value in state.items()}
+    renamed["model.layers.0.self_attn.k_scale"] = torch.tensor(1.0)
+    save_file(renamed, path / "model.safetensors")
+    truth = model.get_submodule("model.layers.0.mlp.up_proj").weight.detach().numpy()
+    np.testing.assert_allclose(loader.load(path).weights.read("layers.0.mlp.up.weight"), truth, rtol=1e-6)
 
 
 def test_a_missing_part_is_named(checkpoint: Callable[..., tuple[Path, torch.nn.Module]]) -> None:

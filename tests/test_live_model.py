@@ -56,6 +56,13 @@ def test_its_tokenizer_comes_along(tiny_llama: Callable[..., Path]) -> None:
         assert live.engine.model_config.to_json() == loaded.engine.model_config.to_json()
 
 
+def test_ids_that_end_an_answer_come_from_both_configurations() -> None:
+    model = build(KINDS["llama"])
+    model.generation_config.eos_token_id = [2, 5]
+    with LLM.from_model(model, threads=1, token_budget=64, kv_memory="16MiB") as llm:
+        assert sorted(llm.model_config.eos_token_ids) == [2, 5]
+
+
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected a model of transformers, not a Linear"):
         LLM.from_model(torch.nn.Linear(2, 2))

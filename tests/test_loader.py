@@ -242,3 +242,21 @@ def test_a_model_is_not_saved_over_another(tiny_llama, tmp_path):
     path = copy_of(tiny_llama(), tmp_path)
     with pytest.raises(CheckpointError, match="choose a new directory"):
         loader.load(path).save(path)
+
+
+def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(tiny_llama, tmp_path):
+    """As transformers does: a model that was tied in training may have been taught another head since."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_llama(tie_word_embeddings=True), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    state = load_file(file)
+    table = state["model.embed_tokens.weight"]
+    save_file({**state, "lm_head.weight": table.clone()}, file)
+    assert loader.load(tmp_path / "model").config.tie_embeddings
+    head = torch.randn_like(table)
+    save_file({**state, "lm_head.weight": head}, file)
+    loaded = loader.load(tmp_path / "model")
+    assert not loaded.config.tie_embeddings
+    np.testing.assert_array_equal(loaded.weights.read("lm_head.weight"), head.float().numpy())

@@ -31,17 +31,21 @@ def adapter(tmp_path: Path) -> Callable[..., tuple[Path, Path, torch.nn.Module]]
     """(model, adapter, the model of transformers with the adapter merged); fields of the adapter's configuration."""
 
     def make(
-        kind: str = "llama", targets: tuple[str, ...] = TARGETS, **fields: Any
+        kind: str = "llama",
+        targets: tuple[str, ...] = TARGETS,
+        base: str = "model.layers",
+        tiny: dict[str, Any] | None = None,
+        **fields: Any,
     ) -> tuple[Path, Path, torch.nn.Module]:
         config = {**CONFIG, **fields}
-        model = build(Tiny(kind))
+        model = build(Tiny(kind, tiny or {}))
         model.save_pretrained(tmp_path / "model")
         state: dict[str, torch.Tensor] = {}
         generator = torch.Generator().manual_seed(4)
         scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
         for layer in range(3):
             for target in targets:
-                name = f"model.layers.{layer}.{target}"
+                name = f"{base}.{layer}.{target}"
                 weight = model.get_submodule(name).weight
                 down = torch.randn(config["r"], weight.shape[1], generator=generator) * 0.2
                 up = torch.randn(weight.shape[0], config["r"], generator=generator) * 0.2
@@ -84,9 +88,56 @@ def test_the_matrices_are_merged(
     assert changed == 3 * (2 if kind == "llama" else 3)
 
 
+def test_patterns_of_alpha_are_regular_expressions(
+    adapter: Callable[..., tuple[Path, Path, torch.nn.Module]],
+) -> None:
+    path, lora, _ = adapter(alpha_pattern={r"model\.layers\.[01]\.self_attn\.q_proj": 64})
+    plain = loader.load(path)
+    merged = loader.load(path, lora=lora)
+    state = load_file(lora / "adapter_model.safetensors")
+    for layer, factor in ((0, 16.0), (1, 16.0), (2, 2.0)):
+        stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        product = (state[f"{stem}.lora_B.weight"] @ state[f"{stem}.lora_A.weight"]).numpy()
+        name = f"layers.{layer}.attn.q.weight"
+        change = merged.weights.read(name) - plain.weights.read(name)
+        np.testing.assert_allclose(change, factor * product, rtol=1e-4, atol=1e-4)
+
+
+def test_files_may_leave_out_the_beginning_of_names(
+    adapter: Callable[..., tuple[Path, Path, torch.nn.Module]],
+) -> None:
+    """As bloom's and opt's do; adapters name the layers in full."""
+    fields = {"num_key_value_heads": None, "intermediate_size": None, "n_head": 6, "n_layer": 3}
+    path, lora, model = adapter("bloom", ("self_attention.dense",), base="transformer.h", tiny=fields)
+    model.save_pretrained(path.parent / "merged")
+    truth = loader.load(path.parent / "merged")
+    state = load_file(path / "model.safetensors")
+    short = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    save_file(short, path / "model.safetensors")
+    loaded = loader.load(path, lora=lora)
+    for name in truth.weights.names():
+        np.testing.assert_allclose(loaded.weights.read(name), truth.weights.read(name), rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_head_is_not_changed_in_silence(
+    adapter: Callable[..., tuple[Path, Path, torch.nn.Module]],
+) -> None:
+    path, lora, _ = adapter(tiny={"tie_word_embeddings": True})
+    file = lora / "adapter_model.safetensors"
+    state = load_file(file)
+    state["base_model.model.lm_head.lora_A.weight"] = torch.ones(4, 144)
+    state["base_model.model.lm_head.lora_B.weight"] = torch.ones(261, 4)
+    save_file(state, file)
+    with pytest.raises(CheckpointError, match=r"lm_head.*lacks, or ties to another"):
+        loader.load(path, lora=lora)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is [1]"),
+        ({"alpha_pattern": {"(": 1}}, "is no regular expression"),
         ({"use_dora": True}, "use_dora is True"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),

@@ -67,7 +67,7 @@ class Rule:
         while not self.room(seq) and victims:
             self.step_aside(victims.pop())
         if not self.room(seq) and seq is self.order[0]:  # it is alone now
-            self.free = self.limits.total_blocks - seq.blocks
+            self.free = self.limits.total_blocks - (seq.blocks - seq.behind)
 
     def behind(self, seq: SeqView) -> list[SeqView]:
         return self.present[self.present.index(seq) + 1 :]
@@ -90,7 +90,7 @@ class Rule:
             del self.chunks[seq.id]
         if seq.blocks:
             self.preempted.append(seq.id)
-            self.free += seq.blocks - seq.shared
+            self.free += seq.own
 
 
 # ---- Random pools
@@ -100,7 +100,8 @@ BLOCK_SIZE = 4
 
 @dataclass
 class Pool:
-    """Views whose shared blocks are consistent: leading blocks may be those of an earlier sequence."""
+    """Views whose shared blocks are consistent: leading blocks may be those of an earlier sequence, or given back.
+    `tables`: the blocks that each holds."""
 
     views: list[SeqView]
     limits: Limits
@@ -125,10 +126,15 @@ def pools(draw: st.DrawFn, sharing: bool = True) -> Pool:
         more = draw(st.sampled_from([0, 1, 1, 5, 60])) if computed else draw(st.sampled_from([1, 1, 7, 60]))
         views.append(SeqView(id, computed + more, computed, len(table), 0, 0))
     for view in views:
+        if len(tables[view.id]) > 1 and draw(st.booleans()):
+            view.behind = draw(st.integers(1, len(tables[view.id]) - 1))
+            tables[view.id] = tables[view.id][view.behind :]
+    for view in views:
         others = {block for id, table in tables.items() if id != view.id for block in table}
         view.shared = len(others.intersection(tables[view.id]))
     free = draw(st.integers(0, 12))
-    limits = Limits(draw(st.integers(1, 70)), draw(st.integers(1, 9)), free, made + free, BLOCK_SIZE)
+    held = len({block for table in tables.values() for block in table})
+    limits = Limits(draw(st.integers(1, 70)), draw(st.integers(1, 9)), free, held + free, BLOCK_SIZE)
     return Pool(views, limits, tables)
 
 
@@ -196,7 +202,10 @@ def test_the_first_in_order_always_advances(pool: Pool) -> None:
     if not pool.views or to_do(pool.views[0]) == 0:
         return
     first = pool.views[0]
-    if first.blocks == pool.limits.total_blocks and first.computed == first.blocks * BLOCK_SIZE:
+    if (
+        first.blocks - first.behind == pool.limits.total_blocks
+        and first.computed == first.blocks * BLOCK_SIZE
+    ):
         return  # it holds the whole pool: put() refuses what could come to this
     plan = plan_splitfuse(pool.views, pool.limits)
     decodes = sum(is_decode(views) for views in pool.views)

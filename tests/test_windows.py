@@ -101,6 +101,21 @@ def test_many_share_preempt_and_come_back(windowed: Path) -> None:
     assert run.engine.query().used_blocks == 0
 
 
+def test_what_a_preemption_frees_is_told_where_the_first_blocks_are_given_back(windowed: Path) -> None:
+    """The sequence ahead gave its first blocks back, so the one behind shares blocks in the middle of its table."""
+    common = random_tokens(20, 48)
+    prompts = [[*common, *random_tokens(21, 152)], [*common, *random_tokens(22, 12)]]
+    run = Run(windowed, capture=True, token_budget=512, blocks=ENOUGH)
+    for id, prompt in enumerate(prompts):
+        run.put(id, prompt, max_tokens=4, ignore_eos=True)
+    shared = []
+    for _ in run.steps_to_end():
+        shared += [view.shared for view in run.engine.view()[0] if view.behind == 0]
+    assert max(shared) > 0
+    for id, prompt in enumerate(prompts):
+        assert_same(run, id, alone(windowed, prompt, 4))
+
+
 def test_a_next_turn_goes_on_where_the_window_stands(windowed: Path) -> None:
     first, second = random_tokens(8, 150), random_tokens(9, 40)
     run = Run(windowed, capture=True, token_budget=64, prefix_caching=False)

@@ -101,8 +101,8 @@ struct AttentionKernels {
   void (*attend)(const AttentionItem& item) = nullptr;
   /// Merges partials of segments [first_segment, last_segment) into `out`.
   void (*merge)(const AttentionItem& item) = nullptr;
-  /// x [columns] = x / rms(x) * weight; `centred`: (x - mean) / deviation * weight. eps is added to the mean square.
-  void (*norm)(float* x, const float* weight, int32_t columns, bool centred, float eps) = nullptr;
+  /// x [columns] = x / rms(x) * weight; `centered`: (x - mean) / deviation * weight. eps is added to the mean square.
+  void (*norm)(float* x, const float* weight, int32_t columns, bool centered, float eps) = nullptr;
   /// x [2 * pairs] is rotated by cos, sin [pairs]: element i with i + pairs.
   void (*rotate)(float* x, const float* cos, const float* sin, int32_t pairs) = nullptr;
   /// out [count], a multiple of 8, in the activations' format = in.

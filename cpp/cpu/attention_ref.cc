@@ -164,10 +164,10 @@ class Reference {
   }
 };
 
-void norm(float* x, const float* weight, int32_t columns, bool centred, float eps) {
+void norm(float* x, const float* weight, int32_t columns, bool centered, float eps) {
   double sum = 0.0;
   for (int i = 0; i < columns; ++i) sum += x[i];
-  const double mean = centred ? sum / columns : 0.0;
+  const double mean = centered ? sum / columns : 0.0;
   double squares = 0.0;
   for (int i = 0; i < columns; ++i) squares += (x[i] - mean) * (x[i] - mean);
   const double scale = 1.0 / std::sqrt(squares / columns + eps);

@@ -194,6 +194,7 @@ struct Products {
   // Scores of keys [begin, end) and the rest of their columns.
   template <int MR>
   static void all_scores(const Tile& tile, const Weight* q, int begin, int end, float* out) {
+    static_assert(kVecs % kColumnVecs == 0);
     const int vecs = (end + kLanes - 1) / kLanes;
     int v = begin / kColumn * kColumnVecs;
     for (; v + kVecs <= vecs; v += kVecs) {

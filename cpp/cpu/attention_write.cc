@@ -65,9 +65,9 @@ void PagedAttention::turn(float* heads, int32_t count, const float* weight, cons
                           int64_t row) const {
   const int32_t dim = layout_.head_dim;
   const int32_t span = layer.qk_norm == QkNorm::kRow ? count * dim : dim;
-  const bool centred = shape_.qk_norm_kind == NormKind::kLayer;
+  const bool centered = shape_.qk_norm_kind == NormKind::kLayer;
   for (int32_t at = 0; layer.qk_norm != QkNorm::kNone && at < count * dim; at += span) {
-    kernels_.norm(heads + at, weight + at, span, centred, shape_.qk_norm_eps);
+    kernels_.norm(heads + at, weight + at, span, centered, shape_.qk_norm_eps);
   }
   if (layer.rope < 0) return;
   const auto rope = static_cast<size_t>(layer.rope);

@@ -33,11 +33,11 @@ struct KvRows {
   using Cell = typename F::Cell;
   static constexpr int kLanes = F::kLanes;
 
-  static void norm(float* x, const float* weight, int32_t columns, bool centred, float eps) {
+  static void norm(float* x, const float* weight, int32_t columns, bool centered, float eps) {
     const auto count = static_cast<float>(columns);
     const Reg zero = F::set(0.0f);
     Reg mean = zero;
-    if (centred) {
+    if (centered) {
       Reg sum = zero;
       for (int i = 0; i < columns; i += kLanes) sum = F::add(sum, F::get(x + i, columns - i));
       mean = F::set(F::reduce_add(sum) / count);

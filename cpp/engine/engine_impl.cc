@@ -90,7 +90,9 @@ int32_t Engine::Impl::measure_budget() {
   constexpr double kSeconds = 2.0;
   const int32_t block_size = config_.block_size;
   const int32_t largest = sizing_.plan.token_budget;
-  const int32_t longest = std::min({largest, sizing_.plan.max_model_len, pool_.total() * block_size});
+  const int64_t pool_tokens = int64_t{pool_.total()} * block_size;
+  const auto longest =
+      static_cast<int32_t>(std::min({int64_t{largest}, int64_t{sizing_.plan.max_model_len}, pool_tokens}));
   const int32_t seq_blocks = ceil_div(longest, block_size);
   std::vector<Token> tokens(largest, 0);
   std::vector<int32_t> positions(largest), table(pool_.total());
@@ -288,12 +290,13 @@ std::string Engine::Impl::check() const {
     if (live && seq.computed == seq.known()) return cat("live sequence ", id, " has nothing to do");
     const auto held = static_cast<int32_t>(seq.blocks.size());
     if (held != ceil_div(seq.computed, config_.block_size)) {
-      return cat("sequence ", id, " holds ", held, " blocks for ", seq.computed, " tokens");
+      return cat("sequence ", id, " has ", held, " blocks in its table for ", seq.computed, " tokens");
     }
     const bool none = std::all_of(seq.blocks.begin(), seq.blocks.begin() + seq.behind,
                                   [](BlockId block) { return block == kNoBlock; });
     if (!none || seq.behind > pool_.first_seen(seq.computed, window_)) {
-      return cat("sequence ", id, " has given back ", seq.behind, " blocks with ", seq.computed, " tokens computed");
+      return cat("sequence ", id, " has given back ", seq.behind, " blocks; with ", seq.computed,
+                 " tokens computed its window has passed ", pool_.first_seen(seq.computed, window_));
     }
   }
   if (live_.size() + idle_.size() != sequences_.size()) return "a list names a sequence that is gone";

@@ -310,7 +310,7 @@ void Engine::Impl::finish(Sequence& seq, const Sampled& last) {
   retire(seq);
   seq.finish = last.finish;
   idle_.push_back(&seq);
-  // Its blocks were not published, and a table must lead with those it shares: a next turn begins anew.
+  // Its blocks were not published: what a next turn adds could not be found behind them. It begins anew.
   if (last.finish == Finish::kError) drop_blocks(seq);
 }
 

@@ -60,16 +60,22 @@ void KvPool::release(std::span<const BlockId> table) {
 }
 
 int32_t KvPool::match(std::span<const BlockKey> keys, int32_t window) const {
-  int32_t found = 0;
-  int32_t run_begin = 0;   // of the cached blocks in one run up to here
-  for (int32_t end = 1; end <= static_cast<int32_t>(keys.size()); ++end) {
-    if (index_.find(keys[end - 1]) < 0) {
-      if (window == 0) break;
-      run_begin = end;
-    }
-    if (run_begin < end && run_begin <= first_seen(end * block_size_, window)) found = end;
+  const auto cached = [&](int32_t i) { return index_.find(keys[i]) >= 0; };
+  auto end = static_cast<int32_t>(keys.size());
+  if (window == 0) {
+    int32_t found = 0;
+    while (found < end && cached(found)) ++found;
+    return found;
   }
-  return found;
+  // From the end: where a block is missing that the window sees, no end behind it will do.
+  while (end > 0) {
+    const int32_t first = first_seen(end * block_size_, window);
+    int32_t block = end;
+    while (block > first && cached(block - 1)) --block;
+    if (block == first) break;
+    end = block - 1;
+  }
+  return end;
 }
 
 void KvPool::reference(BlockId block) {
@@ -98,9 +104,8 @@ BlockId KvPool::publish(BlockId block, const BlockKey& key) {
 }
 
 int32_t KvPool::shared(std::span<const BlockId> table) const {
-  const auto end =
-      std::partition_point(table.begin(), table.end(), [&](BlockId block) { return references_[block] > 1; });
-  return static_cast<int32_t>(end - table.begin());
+  return static_cast<int32_t>(
+      std::count_if(table.begin(), table.end(), [&](BlockId block) { return references_[block] > 1; }));
 }
 
 std::string KvPool::check(const std::vector<std::span<const BlockId>>& tables) const {

@@ -49,8 +49,7 @@ class KvPool {
   /// content already, the reference moves to it. So equal prefixes are always the same blocks.
   BlockId publish(BlockId block, const BlockKey& key);
 
-  /// How many of a sequence's blocks others hold too. These lead its table, because equal prefixes are the
-  /// same blocks.
+  /// How many of a sequence's blocks others hold too.
   int32_t shared(std::span<const BlockId> table) const;
   /// What would be available if every one of `tables` were released.
   template <class Tables>

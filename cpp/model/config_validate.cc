@@ -101,7 +101,10 @@ void check_all_experts(const ModelConfig& config) {
 
 void check_moe(const MoeConfig& moe) {
   check_range("moe.experts", moe.experts, 0, kMaxExperts);
-  if (moe.experts == 0) return;
+  if (moe.experts == 0) {
+    if (moe != MoeConfig{}) refuse("moe: fields are set in a model that has no experts");
+    return;
+  }
   check_range("moe.top_k", moe.top_k, 1, moe.experts);
   check_range("moe.intermediate_size", moe.intermediate_size, 1, kMaxIntermediate);
   check_positive("moe.scale", moe.scale);

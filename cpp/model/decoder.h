@@ -14,9 +14,9 @@ namespace splitfuse {
 /// A model's activations for the largest step.
 struct Workspace {
   float* x = nullptr;        // [rows, hidden]: the residual stream
-  float* y = nullptr;        // [rows, hidden]: what is to join it, where that takes a step of its own
+  float* y = nullptr;        // [rows, hidden or table]: what is to join it, where that takes a step of its own
   void* h = nullptr;         // [rows, hidden]: its normed copy
-  void* t = nullptr;         // [rows, table], where that is not hidden: zeros lie behind its rows elsewhere
+  void* t = nullptr;         // [rows, table], where embed_size is not 0: zeros lie behind its rows elsewhere
   float* qkv = nullptr;      // [rows, (heads + 2 kv_heads) * head_dim]
   void* q = nullptr;         // [rows, heads * head_dim]: rotated queries
   void* a = nullptr;         // [rows, heads * head_dim]: attention's output

@@ -31,12 +31,12 @@ struct LayerWeights {
 
 struct DecoderWeights {
   Linear embed;          // [vocab, table]
-  Linear embed_in;       // [hidden, table], where table is not hidden
+  Linear embed_in;       // [hidden, table], where embed_size is not 0
   Linear embed_positions;   // [positions, hidden], or none
   Norm embed_norm;
   std::vector<LayerWeights> layers;
   Norm final_norm;
-  Linear embed_out;      // [table, hidden], where table is not hidden
+  Linear embed_out;      // [table, hidden], where embed_size is not 0
   Linear lm_head;        // [vocab, table]; `embed` itself if tied
   int64_t bytes = 0;
 };

@@ -22,7 +22,7 @@ from .live_model import LiveTensors, configuration
 from .lora import Merged
 from .models import Family, family_of
 from .models.family import Fields
-from .tensors import SafetensorFiles, Tensors, open_weights
+from .tensors import SafetensorFiles, Tensors, open_weights, untie_what_differs
 from .tokenizer import Tokenizer, find_tokenizer, read_json
 
 DEMO = "demo"
@@ -68,7 +68,8 @@ class LoadedModel:
 
     def is_fitted(self, quantize: str) -> bool:
         """Whether floats, or other integers, have to be fitted for matrices to be held as `quantize`."""
-        return quantize != "dense" and not (self.kinds and self.kinds.keys() <= _AS_STORED[quantize])
+        as_stored = all(_is_as_stored(kind, quantize) for kind in self.kinds)
+        return quantize != "dense" and not (self.kinds and as_stored)
 
     def matrices(self, quantize: str) -> str:
         """A line on what becomes of quantised matrices when they are held as `quantize`."""
@@ -247,8 +248,7 @@ def _load_hugging_face(path: Path, name: str, lora: Path | None) -> LoadedModel:
     scheme = scheme_of(fields)
     config = family.read(fields)
     generation = _generation_config(path)
-    suggested = Fields(generation, str(path / "generation_config.json")).eos_ids()
-    config.eos_token_ids = list(dict.fromkeys([*suggested, *config.eos_token_ids]))
+    _add_eos(config, generation, str(path / "generation_config.json"))
     config.validate()
     tensors, files = _open_tensors(path)
     weights, kinds = _open_weights(family, config, tensors, scheme, lora)
@@ -269,16 +269,25 @@ def _open_weights(
     family: Family, config: _core.ModelConfig, tensors: Tensors, scheme: Scheme | None, lora: Path | None
 ) -> tuple[_core.WeightSource, dict[str, int]]:
     """The weights, and how many of the quantised matrices are held how. An adapter needs them dequantised."""
+    untie_what_differs(family, config, tensors)
     if scheme is None:
-        merged = tensors if lora is None else Merged(tensors, lora)
+        merged = tensors if lora is None else Merged(tensors, lora, family, config)
         return open_weights(family, config, merged), {}
     quantised = Quantised(tensors, scheme)
+    sources = family.sources(config, [listed.name for listed in quantised.listing()])
+    quantised.forget_zero_biases({name for source in sources.values() for name in source.names})
     format = "dense" if lora is not None else native_format(family, config, quantised)
     kinds = {scheme.kind if format == "dense" else f"{format} ({scheme.kind})": quantised.count}
     if format == "dense":
-        merged = quantised if lora is None else Merged(quantised, lora)
+        merged = quantised if lora is None else Merged(quantised, lora, family, config)
         return open_weights(family, config, merged), kinds
     return open_weights(family, config, quantised, quantised.read_integers, format), kinds
+
+
+def _add_eos(config: _core.ModelConfig, generation: Mapping[str, Any], where: str) -> None:
+    """Ids that end an answer are named in either file."""
+    suggested = Fields(generation, where).eos_ids()
+    config.eos_token_ids = list(dict.fromkeys([*suggested, *config.eos_token_ids]))
 
 
 def load_live(model: Any, tokenizer: Any = None) -> LoadedModel:
@@ -287,7 +296,12 @@ def load_live(model: Any, tokenizer: Any = None) -> LoadedModel:
     fields = Fields(raw, "the model's configuration")
     family = family_of(raw, "the model's configuration")
     config = family.read(fields)
+    generation = getattr(model, "generation_config", None)
+    advice = {} if generation is None else generation.to_diff_dict()
+    _add_eos(config, advice, "the model's generation configuration")
     config.validate()
+    tensors = LiveTensors(model)
+    untie_what_differs(family, config, tensors)
 
     def make_tokenizer() -> Tokenizer | None:
         if tokenizer is None:
@@ -296,13 +310,12 @@ def load_live(model: Any, tokenizer: Any = None) -> LoadedModel:
             tokenizer.save_pretrained(folder)
             return find_tokenizer(Path(folder))
 
-    generation = getattr(model, "generation_config", None)
     return LoadedModel(
         config,
-        open_weights(family, config, LiveTensors(model)),
+        open_weights(family, config, tensors),
         family.name,
         Path(getattr(model, "name_or_path", "") or family.name),
-        {} if generation is None else generation.to_diff_dict(),
+        advice,
         make_tokenizer=make_tokenizer,
     )
 

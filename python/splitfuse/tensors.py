@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,8 @@ class SafetensorFiles:
         if mapped is None:
             with self.files[index].open("rb") as file:
                 mapped = self._maps[index] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if listed.dtype not in _NUMPY:
+            raise CheckpointError(f"{self.where}: tensor {name!r} is {listed.dtype}, which can't be read")
         dtype = np.dtype(_NUMPY[listed.dtype])
         count = int(np.prod(listed.shape, dtype=np.int64))
         self._used = (mapped, begin, count * dtype.itemsize)
@@ -125,6 +128,22 @@ def open_weights(
 
 def _made(source: Source, array: Array) -> Array:
     return np.ascontiguousarray(array if source.make is None else source.make(array))
+
+
+def untie_what_differs(family: Family, config: ModelConfig, tensors: Tensors) -> None:
+    """A model that says its head is the embedding table, and has a head of its own in its files, runs with that."""
+    if not config.tie_embeddings:
+        return
+    table = family.sources(config, [listed.name for listed in tensors.listing()])["embed.weight"].names[0]
+    head = family.head_name(config)
+    found = {listed.name: listed for listed in tensors.listing()}
+    if head in found and table in found and (_print_of(tensors, head) != _print_of(tensors, table)):
+        config.tie_embeddings = False
+
+
+def _print_of(tensors: Tensors, name: str) -> tuple[tuple[int, ...], bytes]:
+    array = np.ascontiguousarray(tensors.read(name))
+    return array.shape, hashlib.blake2b(array.data).digest()
 
 
 def check(family: Family, config: ModelConfig, tensors: Tensors, sources: Mapping[str, Source]) -> None:

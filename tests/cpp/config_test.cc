@@ -276,6 +276,7 @@ TEST(ConfigValidate, NamesTheFieldThatIsOutOfRange) {
       {"activation is \"none\"", [](auto& c) { c.gated = true, c.activation = Activation::kNone; }},
       {"activation is \"swiglu_clamped\"", [](auto& c) { c.activation = Activation::kSwigluClamped; }},
       {"moe.experts", [](auto& c) { c.moe.experts = -1; }},
+      {"moe: fields are set", [](auto& c) { c.moe.experts = 0, c.layers[0].moe = false; }},
       {"moe.top_k", [](auto& c) { c.moe.top_k = 0; }},
       {"moe.top_k is 6; expected 1 to 4", [](auto& c) { c.moe.top_k = 6; }},
       {"moe.experts is 8; expected a multiple of moe.groups, 3", [](auto& c) { c.moe.groups = 3; }},

@@ -371,6 +371,44 @@ TEST(KvPool, EqualContentIsOneBlock) {
   EXPECT_EQ(pool.check({first, second}), "");
 }
 
+TEST(KvPool, SharedBlocksAreCountedWhereverTheyLie) {
+  const BlockKeyer keyer;
+  KvPool pool(8, kBlockSize, true);
+  std::vector<BlockId> behind, ahead;
+  ASSERT_TRUE(pool.allocate(4, behind));
+  // One ahead of it has given the first two back and shares the other two.
+  const auto keys = chain(keyer, "", 4);
+  for (size_t i = 0; i < keys.size(); ++i) behind[i] = pool.publish(behind[i], keys[i]);
+  pool.share(std::span(keys).subspan(2), ahead);
+  EXPECT_EQ(pool.shared(behind), 2);
+  EXPECT_EQ(pool.shared(std::span(behind).first(3)), 1);
+  EXPECT_EQ(pool.shared(ahead), 2);
+}
+
+TEST(KvPool, MatchesWhatAWindowSees) {
+  const BlockKeyer keyer;
+  KvPool pool(8, kBlockSize, true);
+  const auto keys = chain(keyer, "", 6);
+  std::vector<BlockId> table, taken;
+  ASSERT_TRUE(pool.allocate(6, table));
+  for (size_t i = 0; i < keys.size(); ++i) table[i] = pool.publish(table[i], keys[i]);
+  // The first two blocks are evicted; the others are there.
+  pool.release(std::span(table).first(2));
+  ASSERT_TRUE(pool.allocate(4, taken));
+  pool.release(std::span(table).subspan(2));
+  EXPECT_EQ(pool.match(keys), 0);
+  for (int32_t end = 0; end <= 6; ++end) {
+    for (const int32_t window : {1, kBlockSize, kBlockSize + 1, 3 * kBlockSize, 4 * kBlockSize, 5 * kBlockSize}) {
+      int32_t expected = 0;   // the longest beginning of which the window sees nothing that is gone
+      for (int32_t n = 1; n <= end; ++n) {
+        if (n > 2 && pool.first_seen(n * kBlockSize, window) >= 2) expected = n;
+        if (n <= 2 && pool.first_seen(n * kBlockSize, window) >= n) expected = n;
+      }
+      EXPECT_EQ(pool.match(std::span(keys).first(end), window), expected) << end << ' ' << window;
+    }
+  }
+}
+
 TEST(KvPool, SaltsNeverShare) {
   const BlockKeyer keyer;
   KvPool pool(8, kBlockSize, true);

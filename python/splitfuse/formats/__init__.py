@@ -37,7 +37,7 @@ def scheme_of(fields: Fields) -> Scheme | None:
         raise fields.error("quantization_config: expected an object")
     inner = fields.part(given)
     method: Any = inner.get("quant_method")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise inner.error(
             f"quant_method is {method!r}, which is not supported; supported: {', '.join(_METHODS)}"
         )
@@ -45,8 +45,8 @@ def scheme_of(fields: Fields) -> Scheme | None:
 
 
 def native_format(family: Family, config: ModelConfig, tensors: Quantised) -> str:
-    """The engine's format that holds the matrices as they are; "dense" where it has none, or where some of them are
-    not quantised: these would lose by it."""
+    """The engine's format that holds the matrices as they are; "dense" where it has none for some of them: these would
+    lose by it."""
     sources = family.sources(config, [listed.name for listed in tensors.listing()])
     matrices = [
         name
@@ -54,6 +54,4 @@ def native_format(family: Family, config: ModelConfig, tensors: Quantised) -> st
         if canonical.startswith("layers.") and len(shape) == 2 and not canonical.endswith(_DENSE)
         for name in sources[canonical].names
     ]
-    if not all(tensors.is_quantised(name) for name in matrices):
-        return "dense"
-    return tensors.scheme.format if tensors.read_integers(matrices[0]) is not None else "dense"
+    return tensors.scheme.format if all(tensors.keeps(name) for name in matrices) else "dense"

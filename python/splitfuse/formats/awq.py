@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import numpy.typing as npt
 from ..gguf_blocks import Integers
 from ..models.family import Fields
 from ..models.parts import as_float32
-from .packed import Codes, dequantise, int4, unpack
-from .scheme import Floats, Parts, Scheme
+from .packed import Codes, dequantise, in_groups, int4, unpack
+from .scheme import Floats, Parts, Scheme, Shapes
 
 _PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # in a word, of the outputs 0 .. 7
 
@@ -37,12 +36,18 @@ def scheme(fields: Fields) -> Scheme:
     def floats(parts: Parts) -> Floats:
         return dequantise(*matrix(parts))
 
-    def integers(parts: Parts) -> Integers | None:
+    def integers(parts: Parts) -> Integers:
         return int4(*matrix(parts))
 
-    def shape(stored: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    def keeps(stored: Shapes, parts: Parts) -> bool:
+        return in_groups(stored[".qweight"][0], stored[".scales"][0])
+
+    def shape(stored: Shapes) -> tuple[int, int]:
         k, words = stored[".qweight"]
-        return words * 8, k
+        groups, n = stored[".scales"]
+        if n != words * 8 or stored[".qzeros"] != (groups, words) or k % groups:
+            raise ValueError(stored)
+        return n, k
 
     return Scheme(
         "awq, 4 bits",
@@ -52,4 +57,5 @@ def scheme(fields: Fields) -> Scheme:
         floats,
         format="int4",
         integers=integers,
+        keeps=keeps,
     )

@@ -11,8 +11,8 @@ from ..gguf_blocks import Integers
 from ..models.family import Fields
 from ..models.parts import as_float32
 from . import fp8
-from .packed import GROUP, Codes, dequantise, int4, unpack
-from .scheme import Floats, Parts, Scheme
+from .packed import GROUP, Codes, dequantise, in_groups, int4, unpack
+from .scheme import Floats, Parts, Scheme, Shapes
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
@@ -25,16 +25,20 @@ def scheme(fields: Fields) -> Scheme:
     weights = [group.get("weights") if isinstance(group, Mapping) else None for group in groups.values()]
     if not isinstance(weights[0], Mapping) or any(other != weights[0] for other in weights):
         raise fields.error("config_groups: one way for all weights is supported")
+    fields.expect("transform_config", {})
+    sparsity = fields.part(fields.get("sparsity_config") or {})
+    sparsity.expect("format", "dense")
     how = fields.part(weights[0])
     stored = fields.get("format")
     bits, kind = how.integer("num_bits"), how.get("type")
     if stored == "pack-quantized" and kind == "int" and bits in (4, 8):
         return _packed(bits)
     if stored in ("int-quantized", "naive-quantized") and (kind, bits) == ("int", 8):
+        how.expect("symmetric", True)
+        how.expect("strategy", "channel", "tensor")
         return _int8()
     if stored in ("float-quantized", "naive-quantized") and (kind, bits) == ("float", 8):
-        block = how.get("block_structure")
-        return _float8(None if block is None else (int(block[0]), int(block[1])))
+        return fp8.of_blocks("compressed-tensors, fp8", fp8.block_size(how, "block_structure"))
     raise fields.error(
         f"format is {stored!r} with weights of {bits} bits, {kind!r}; supported: {', '.join(_FORMATS)} of 8-bit "
         "integers or floats, pack-quantized of 4"
@@ -47,7 +51,9 @@ def _packed(bits: int) -> Scheme:
 
     def matrix(parts: Parts) -> tuple[Codes, Floats, Floats]:
         n, k = (int(size) for size in parts[".weight_shape"])
-        codes = unpack(parts[".weight_packed"], bits, 1)[:n, :k]
+        codes = unpack(parts[".weight_packed"], bits, 1)[:, :k]
+        if codes.shape != (n, k):
+            raise ValueError(f"weight_shape is {[n, k]}, the codes are of {list(codes.shape)}")
         scales = as_float32(parts[".weight_scale"])
         zeros = np.full(scales.shape, middle, dtype=np.float32)
         if ".weight_zero_point" in parts:
@@ -56,18 +62,32 @@ def _packed(bits: int) -> Scheme:
 
     def floats(parts: Parts) -> Floats:
         codes, scales, zeros = matrix(parts)
-        order = parts.get(".weight_g_idx")
-        if order is None or order.min() < 0:
+        if not ordered(parts):
             return dequantise(codes, scales, zeros)
+        order = parts[".weight_g_idx"]
+        if order.max() >= scales.shape[1]:
+            raise ValueError(f"weight_g_idx names group {order.max()} of {scales.shape[1]}")
         return (codes.astype(np.float32) - zeros[:, order]) * scales[:, order]
 
-    def integers(parts: Parts) -> Integers | None:
-        order = parts.get(".weight_g_idx")
-        return int4(*matrix(parts)) if order is None or order.min() < 0 else None
+    def ordered(parts: Parts) -> bool:
+        """Whether inputs have groups of their own choice; -1 says that they don't."""
+        return ".weight_g_idx" in parts and parts[".weight_g_idx"].min() >= 0
 
-    def shape(stored: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    def integers(parts: Parts) -> Integers:
+        return int4(*matrix(parts))
+
+    def keeps(stored: Shapes, parts: Parts) -> bool:
+        return not ordered(parts) and in_groups(shape(stored)[1], stored[".weight_scale"][1])
+
+    def shape(stored: Shapes) -> tuple[int, int]:
         n, words = stored[".weight_packed"]
-        return n, words * (32 // bits)
+        k, (rows, groups) = words * (32 // bits), stored[".weight_scale"]
+        zeros = stored.get(".weight_zero_point", (-(-n * bits // 32), groups))
+        if rows != n or zeros != (-(-n * bits // 32), groups) or stored.get(".weight_g_idx", (k,)) != (k,):
+            raise ValueError(stored)
+        if ".weight_g_idx" not in stored and k % groups:
+            raise ValueError(stored)
+        return n, k
 
     return Scheme(
         f"compressed-tensors, {bits} bits",
@@ -78,6 +98,8 @@ def _packed(bits: int) -> Scheme:
         optional=(".weight_zero_point", ".weight_g_idx"),
         format="int4" if bits == 4 else "dense",
         integers=integers if bits == 4 else None,
+        keeps=keeps,
+        looks_at=(".weight_g_idx",),
     )
 
 
@@ -85,7 +107,7 @@ def _int8() -> Scheme:
     def floats(parts: Parts) -> Floats:
         return fp8.scaled(parts[".weight"].astype(np.float32), as_float32(parts[".weight_scale"]), None)
 
-    def integers(parts: Parts) -> Integers | None:
+    def integers(parts: Parts) -> Integers:
         codes, scale = parts[".weight"], as_float32(parts[".weight_scale"]).reshape(-1, 1)
         groups = -(-codes.shape[1] // GROUP)
         return codes, np.array(np.broadcast_to(scale, (codes.shape[0], groups)))
@@ -100,19 +122,4 @@ def _int8() -> Scheme:
         dtype="I8",
         format="int8",
         integers=integers,
-    )
-
-
-def _float8(block: tuple[int, int] | None) -> Scheme:
-    def floats(parts: Parts) -> Floats:
-        return fp8.scaled(fp8.E4M3[parts[".weight"]], as_float32(parts[".weight_scale"]), block)
-
-    return Scheme(
-        "compressed-tensors, fp8",
-        ".weight",
-        (".weight_scale", ".input_scale"),
-        fp8.shape,
-        floats,
-        optional=(".input_scale",),
-        dtype="F8_E4M3",
     )

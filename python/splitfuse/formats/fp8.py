@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from ..models.family import Fields
 from ..models.parts import as_float32
-from .scheme import Floats, Parts, Scheme
+from .scheme import Floats, Parts, Scheme, Shapes
 
 
 def _table() -> Floats:
@@ -21,11 +19,28 @@ def _table() -> Floats:
 
 
 E4M3 = _table()
+_SCALES = (".weight_scale", ".weight_scale_inv")
+_OF_INPUTS = (".input_scale", ".activation_scale")
 
 
-def shape(stored: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+def shape(stored: Shapes) -> tuple[int, int]:
     n, k = stored[".weight"]
+    if not stored.keys() & set(_SCALES):
+        raise ValueError(stored)
     return n, k
+
+
+def block_size(fields: Fields, name: str) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None: the field is missing."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    whole = (
+        isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
+    )
+    if not whole:
+        raise fields.error(f"{name} is {value!r}; expected two integers above 0")
+    return value[0], value[1]
 
 
 def scaled(codes: Floats, scale: Floats, block: tuple[int, int] | None) -> Floats:
@@ -45,28 +60,26 @@ def scaled(codes: Floats, scale: Floats, block: tuple[int, int] | None) -> Float
 def scheme(fields: Fields) -> Scheme:
     fields.expect("fmt", "e4m3")
     fields.expect("activation_scheme", "dynamic", "static")
-    block = fields.get("weight_block_size")
-    if block is not None and not (isinstance(block, list) and len(block) == 2 and min(block) > 0):
-        raise fields.error(f"weight_block_size is {block!r}; expected two numbers")
-    size = None if block is None else (int(block[0]), int(block[1]))
-    scale = ".weight_scale_inv" if block is not None else ".weight_scale"
-    return _fp8(scale, size)
+    return of_blocks("fp8", block_size(fields, "weight_block_size"))
 
 
 def fbgemm(fields: Fields) -> Scheme:
-    return _fp8(".weight_scale", None)
+    return of_blocks("fbgemm fp8", None)
 
 
-def _fp8(scale: str, block: tuple[int, int] | None) -> Scheme:
+def of_blocks(kind: str, block: tuple[int, int] | None) -> Scheme:
+    """e4m3 times the scale of a block, of a row or of all; writers disagree about the scale's name."""
+
     def floats(parts: Parts) -> Floats:
-        return scaled(E4M3[parts[".weight"]], as_float32(parts[scale]), block)
+        scale = parts[".weight_scale_inv"] if ".weight_scale_inv" in parts else parts[".weight_scale"]
+        return scaled(E4M3[parts[".weight"]], as_float32(scale), block)
 
     return Scheme(
-        "fp8",
+        kind,
         ".weight",
-        (scale, ".input_scale", ".activation_scale"),
+        (*_SCALES, *_OF_INPUTS),
         shape,
         floats,
-        optional=(".input_scale", ".activation_scale"),
+        optional=(*_SCALES, *_OF_INPUTS),
         dtype="F8_E4M3",
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from ..gguf_blocks import Integers
 from ..models.family import Fields
 from ..models.parts import as_float32
-from .packed import Codes, dequantise, int4, unpack
-from .scheme import Floats, Parts, Scheme
+from .packed import Codes, dequantise, in_groups, int4, unpack
+from .scheme import Floats, Parts, Scheme, Shapes
 
 _BITS = (2, 4, 8)
 
@@ -33,6 +31,8 @@ def scheme(fields: Fields) -> Scheme:
         order = parts.get(".g_idx")
         if order is None or np.array_equal(order, np.arange(k) // -(-k // groups)):
             return None
+        if order.min() < 0 or order.max() >= groups:
+            raise ValueError(f"g_idx names groups from {order.min()} to {order.max()} of {groups}")
         return order
 
     def floats(parts: Parts) -> Floats:
@@ -42,15 +42,21 @@ def scheme(fields: Fields) -> Scheme:
             return dequantise(codes, scales, zeros)
         return (codes.astype(np.float32) - zeros[:, order]) * scales[:, order]
 
-    def integers(parts: Parts) -> Integers | None:
-        codes, scales, zeros = matrix(parts)
-        if group_of(parts, codes.shape[1], scales.shape[1]) is not None:
-            return None
-        return int4(codes, scales, zeros)
+    def integers(parts: Parts) -> Integers:
+        return int4(*matrix(parts))
 
-    def shape(stored: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    def keeps(stored: Shapes, parts: Parts) -> bool:
+        _, k = shape(stored)
+        groups = stored[".scales"][0]
+        return in_groups(k, groups) and group_of(parts, k, groups) is None
+
+    def shape(stored: Shapes) -> tuple[int, int]:
         words, n = stored[".qweight"]
-        return n, words * (32 // bits)
+        k, (groups, columns) = words * (32 // bits), stored[".scales"]
+        fit = columns == n and stored[".qzeros"] == (groups, -(-n * bits // 32))
+        if not fit or stored.get(".g_idx", (k,)) != (k,) or (".g_idx" not in stored and k % groups):
+            raise ValueError(stored)
+        return n, k
 
     return Scheme(
         f"gptq, {bits} bits",
@@ -61,4 +67,6 @@ def scheme(fields: Fields) -> Scheme:
         optional=(".g_idx",),
         format="int4" if bits == 4 else "dense",
         integers=integers if bits == 4 else None,
+        keeps=keeps,
+        looks_at=(".g_idx",),
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 
 from ..models.family import Fields
-from .scheme import Parts, Scheme
+from .scheme import Parts, Scheme, Shapes
 
 # Open Compute Project, Microscaling Formats v1.0: sign, two bits of exponent, one of mantissa.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
@@ -26,10 +24,10 @@ def _floats(parts: Parts) -> npt.NDArray[np.uint16]:
     return out.transpose(0, 2, 1)
 
 
-def _shape(stored: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+def _shape(stored: Shapes) -> tuple[int, ...]:
     experts, rows, groups, half = stored["_blocks"]
-    if half != 16:
-        raise ValueError(half)
+    if half != 16 or stored["_scales"] != (experts, rows, groups):
+        raise ValueError(stored)
     return experts, groups * 32, rows
 
 

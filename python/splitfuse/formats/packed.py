@@ -22,13 +22,15 @@ def unpack(words: npt.NDArray[Any], bits: int, axis: int) -> Codes:
     return np.moveaxis(codes.reshape(*words.shape[:-1], -1), -1, axis)
 
 
-def int4(codes: Codes, scales: Floats, zeros: Floats) -> Integers | None:
-    """The engine's form of scale * (code - zero): codes [n, k] of 4 bits, scales and zeros [n, groups], as long as
-    groups are made of whole ones of 32."""
+def in_groups(k: int, groups: int) -> bool:
+    """Whether each group is made of whole ones of the engine's."""
+    return k % (GROUP * groups) == 0
+
+
+def int4(codes: Codes, scales: Floats, zeros: Floats) -> Integers:
+    """The engine's form of scale * (code - zero): codes [n, k] of 4 bits, scales and zeros [n, groups]."""
     n, k = codes.shape
     groups = scales.shape[1]
-    if k % (GROUP * groups):
-        return None
     pairs = codes.reshape(n, k // GROUP, 2, GROUP // 2)
     each = k // groups // GROUP
     scale = np.repeat(scales.astype(np.float32), each, axis=1)

@@ -140,8 +140,12 @@ class Family:
     def is_harmless(self, name: str, config: ModelConfig) -> bool:
         if name.endswith(self.harmless):
             return True
+        return config.tie_embeddings and name == self.head_name(config)
+
+    def head_name(self, config: ModelConfig) -> str:
+        """The tensor of an output head that is not tied."""
         names = self.tensors(config) if callable(self.tensors) else self.tensors
-        return config.tie_embeddings and name == f"{names.get('lm_head')}.weight"
+        return f"{names.get('lm_head')}.weight"
 
 
 class Fields:
