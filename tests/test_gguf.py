@@ -208,14 +208,23 @@ def test_linear_rope_scaling(tiny_llama, tmp_path, scaling, divisor):
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        (
+            {"llama.rope.scaling.type": "dynamic"},
+            "'dynamic'; supported: 'none', 'linear', 'yarn', 'longrope'",
+        ),
+        ({"llama.rope.scaling.type": "longrope"}, "tensor 'rope_factors_short.weight' is missing"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1},
+            "log_multiplier",
+        ),
         ({"llama.rope.scaling.factor": 0.0}, r"llama\.rope\.scaling\.factor is 0"),
-        ({"llama.rope.freq_base": 0.0}, "model.gguf: RoPE theta is 0"),
-        ({"llama.expert_count": 8}, "llama.expert_count"),
+        ({"llama.rope.freq_base": 0.0}, "llama.rope.freq_base is 0"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count is missing"),
+        ({"llama.expert_used_count": 8}, "llama.expert_used_count is 8"),
         ({"llama.rope.dimension_count": 12}, "llama.rope.dimension_count"),
         ({"llama.attention.value_length": 8}, "llama.attention.value_length"),
         ({"llama.attention.sliding_window": 64}, "llama.attention.sliding_window"),
-        ({"llama.logit_scale": 0.5}, "llama.logit_scale"),
+        ({"llama.logit_scale": 0.5}, "llama.logit_scale is not supported; supported: attention.causal, "),
         ({"llama.attention.head_count_kv": [2, 1, 2]}, "layer to layer"),
         ({"llama.context_length": None}, "llama.context_length is missing"),
         ({"llama.context_length": "many"}, "llama.context_length"),
@@ -231,7 +240,7 @@ def test_what_is_not_supported_is_named(tiny_llama, tmp_path, metadata, named):
 
 
 def test_another_architecture_is_refused(tiny_llama, tmp_path):
-    with pytest.raises(ConfigError, match=r"'mamba'.*supported: llama"):
+    with pytest.raises(ConfigError, match=r"'mamba'.*supported: bloom, chatglm, .*, starcoder2"):
         loader.load(write_gguf(tmp_path / "model.gguf", tiny_llama(), arch="mamba"))
 
 

@@ -189,6 +189,36 @@ def test_gguf_types_as_integers_cost_little(
     assert got < implied * 1.005
 
 
+# llama.cpp's Q4_K_M: 4 bits, but 6 for attention's values and for down in the layers where they matter most.
+def more_bits(layer: int, layers: int) -> bool:
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+@pytest.mark.parametrize(("quantize", "cost"), [("int4", 1.005), ("int8", 1.005)])
+def test_a_file_of_mixed_types_costs_what_the_fit_of_the_others_does(
+    quantize: str, cost: float, record_property: Callable[[str, object], None]
+) -> None:
+    """As most of the weights are: 4 bits. Those of 6 are fitted anew."""
+    demo = loader.load("demo")
+    floats, given = {}, {}
+    for name in demo.weights.names():
+        weight = given[name] = demo.weights.read(name).copy()
+        if weight.ndim == 2:
+            picked = name.endswith(("attn.v.weight", "mlp.down.weight")) or name == "embed.weight"
+            fine = picked and (name == "embed.weight" or more_bits(int(name.split(".")[1]), 30))
+            wide, other = ("Q6_K", "Q8_0") if fine else ("Q4_K", "Q4_1")
+            kind = wide if weight.shape[1] % 256 == 0 else other
+            raw = gguf_rows(weight, kind)
+            weight = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+            given[name] = {**INT4, **INT8}.get(kind, lambda _, same=weight: same)(raw)
+        floats[name] = weight
+    implied = perplexity(_core.callback_source(list(floats), floats.__getitem__), dtype="float32")
+    got = perplexity(_core.callback_source(list(given), given.__getitem__), quantize=quantize)
+    record_property("perplexity", f"Q4_K_M as {quantize}: {got:.4f}, in float32 {implied:.4f}")
+    assert got < implied * cost
+
+
 def gguf_rows(weight: np.ndarray, kind: str) -> np.ndarray:
     if kind in K_QUANTS:
         return K_QUANTS[kind](weight)

@@ -8,6 +8,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,32 +51,48 @@ class GgufFile:
         self.metadata, self.tensors = header.read()
 
     def raw(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
-        """The tensor's bytes, as they lie in the file: [rows, bytes of a row]."""
-        rows = math.prod(tensor.shape[:-1])
+        """The tensor's bytes, as they lie in the file: its shape, with the bytes of a row for the last dimension."""
         data = np.frombuffer(self._map, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
-        return data.reshape(rows, tensor.nbytes // rows)
+        return data.reshape(*tensor.shape[:-1], tensor.nbytes // math.prod(tensor.shape[:-1]))
 
     def read(self, tensor: GgufTensor) -> npt.NDArray[Any]:
         """The tensor in its shape: float32, float16 or the bits of bfloat16 (uint16) as stored, a quantised
         one dequantised to float32."""
         raw = self.raw(tensor)
         if tensor.kind in _FLOATS:
-            return raw.view(_FLOATS[tensor.kind]).reshape(tensor.shape)
+            return raw.view(_FLOATS[tensor.kind])
+        return self.decode(tensor, raw.reshape(-1, raw.shape[-1])).reshape(tensor.shape)
+
+    def decode(self, tensor: GgufTensor, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Rows [n, bytes of a row] of a quantised tensor as float32."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        kind = GGMLQuantizationType[tensor.kind]
-        values = np.empty((raw.shape[0], tensor.shape[-1]), dtype=np.float32)
-        step = max(1, _AT_ONCE // tensor.shape[-1])
-        try:
-            for row in range(0, raw.shape[0], step):  # the package needs twice the memory of what it is given
-                values[row : row + step] = dequantize(raw[row : row + step], kind)
-        except NotImplementedError as error:
+        if not readable(tensor.kind):
             raise CheckpointError(
                 f"{self.path}: tensor {tensor.name!r} is {tensor.kind}, "
                 "which the gguf package can't dequantise"
-            ) from error
-        return values.reshape(tensor.shape)
+            )
+        kind = GGMLQuantizationType[tensor.kind]
+        values = np.empty((rows.shape[0], tensor.shape[-1]), dtype=np.float32)
+        step = max(1, _AT_ONCE // tensor.shape[-1])
+        for row in range(0, rows.shape[0], step):  # the package needs twice the memory of what it is given
+            values[row : row + step] = dequantize(rows[row : row + step], kind)
+        return values
+
+
+@cache
+def readable(kind: str) -> bool:
+    """Whether the gguf package can dequantise tensors of this type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    try:
+        dequantize(np.zeros((1, size), dtype=np.uint8), GGMLQuantizationType[kind])
+    except NotImplementedError:
+        return False
+    return block > 1
 
 
 class _Header:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -217,22 +216,21 @@ def _load_canonical(file: Path, name: str) -> LoadedModel:
 
 
 def _load_gguf(path: Path) -> LoadedModel:
-    from . import gguf_model
     from .gguf_file import GgufFile
+    from .gguf_model import GgufModel
 
     file = GgufFile(path)
-    config = gguf_model.read_config(file)
-    gguf_model.check_tensors(file, config)
+    model = GgufModel(file)
 
     def make_tokenizer() -> Tokenizer | None:
         from .gguf_tokenizer import read_tokenizer
 
         return read_tokenizer(file)
 
-    kinds = Counter(tensor.kind for tensor in gguf_model.matrix_tensors(file, config))
+    kinds = model.kinds()
     return LoadedModel(
-        config,
-        gguf_model.weights(file, config),
+        model.config,
+        model.weights(),
         path.stem,
         path,
         kinds={} if set(kinds) <= set(_DTYPES) else kinds,

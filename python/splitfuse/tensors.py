@@ -171,27 +171,6 @@ def check(family: Family, config: ModelConfig, tensors: Tensors, sources: Mappin
         raise CheckpointError(f"{tensors.where}: {_named(unknown, 'has', 'have')} no place in this model")
 
 
-def check_names(
-    where: str,
-    needed: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    harmless: Callable[[str], bool],
-) -> None:
-    """Raises CheckpointError, naming tensors, unless `found` has those `needed` in their shapes, and no
-    others."""
-    if missing := [name for name in needed if name not in found]:
-        raise CheckpointError(f"{where}: {_named(missing, 'is', 'are')} missing")
-    wrong = [name for name in needed if tuple(found[name]) != tuple(needed[name])]
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{where}: tensor {name!r} has shape {list(found[name])}; "
-            f"the configuration asks for {list(needed[name])}"
-        )
-    if unknown := [name for name in found if name not in needed and not harmless(name)]:
-        raise CheckpointError(f"{where}: {_named(unknown, 'has', 'have')} no place in this model")
-
-
 def _shape_of(source: Source, listed: Sequence[Listed]) -> tuple[int, ...]:
     """What is made of tensors of those shapes, found without their memory: on arrays whose strides are 0."""
     try:
