@@ -51,12 +51,15 @@ find_package(Threads REQUIRED)
 # What every target of ours is compiled with. Results must not depend on where the compiler chose to fuse a
 # multiplication with an addition, so it never does: kernels that want FMA ask for it by name.
 add_library(splitfuse_flags INTERFACE)
-target_compile_options(splitfuse_flags INTERFACE -Wall -Wextra -ffp-contract=off
-                       $<$<BOOL:${SPLITFUSE_WERROR}>:-Werror>)
+set(warnings -Wall -Wextra)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
   # False alarms inside its own std::string (GCC bug 105651).
-  target_compile_options(splitfuse_flags INTERFACE -Wno-restrict)
+  list(APPEND warnings -Wno-restrict)
 endif()
+list(JOIN warnings "," host_warnings)
+target_compile_options(splitfuse_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:${warnings} -ffp-contract=off $<$<BOOL:${SPLITFUSE_WERROR}>:-Werror>>
+  $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=${host_warnings} --fmad=false $<$<BOOL:${SPLITFUSE_WERROR}>:-Werror=all-warnings>>)
 if(SPLITFUSE_SANITIZE)
   list(JOIN SPLITFUSE_SANITIZE "," sanitizers)
   # -O1: instrumented, the kernels take minutes to compile at -O3.

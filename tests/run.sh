@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stages=(setup lint cpp threads fuzz arm python isas)
+stages=(setup lint cpp threads fuzz arm cuda python isas)
 python=${PYTHON:-python3}
 jobs=$(nproc)
 reports=build/reports
@@ -68,9 +68,9 @@ stage_lint() {
   ruff check .
   ruff format --check .
   mypy
-  sources -name '*.h' -o -name '*.cc' | xargs clang-format --dry-run -Werror
+  sources -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run -Werror
   configure lint -DSPLITFUSE_PYTHON=ON -Dpybind11_DIR="$(python -m pybind11 --cmakedir)"
-  sources -name '*.cc' -not -path '*/consumer/*' -not -name '*_neon*' | tidy lint
+  sources -name '*.cc' -not -path '*/consumer/*' -not -name '*_neon*' -not -path 'cuda/*' -not -name 'cuda_*' | tidy lint
 }
 
 # ---- C++
@@ -78,7 +78,8 @@ stage_lint() {
 configure() {  # configure NAME [cmake arguments]: a build tree at build/NAME
   local name=$1
   shift
-  cmake -S . -B "build/$name" -G Ninja -DSPLITFUSE_TESTS=ON -DSPLITFUSE_WERROR=ON "$@" >"build/$name.log" ||
+  cmake -S . -B "build/$name" -G Ninja -DSPLITFUSE_TESTS=ON -DSPLITFUSE_WERROR=ON -DSPLITFUSE_CUDA=OFF "$@" \
+    >"build/$name.log" ||
     { cat "build/$name.log" >&2; return 1; }
 }
 
@@ -117,6 +118,37 @@ stage_arm() {  # the kernels for 64-bit Arm, on an emulated processor that has e
   sources -name '*_neon*.cc' | tidy arm
   # The emulator does not tell which pages are resident.
   GTEST_FILTER=-Memory.IsResidentWhoeverTouchedIt ctest --test-dir build/arm --no-tests=error -j "$jobs" -L arm
+}
+
+# ---- CUDA
+
+# What is fetched lies apart from the virtual environment, in which torch may want other versions of it.
+toolkit=$PWD/build/cuda-toolkit
+
+fetch_toolkit() {
+  local wheels=(nvidia-cutlass==4.2.0.0)
+  if ! command -v nvcc >/dev/null; then
+    wheels+=(nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96
+      nvidia-cuda-cccl==13.0.85)
+  fi
+  [ "$(cat "$toolkit/wheels" 2>/dev/null)" != "${wheels[*]}" ] || return 0
+  rm -rf "$toolkit"
+  pip install -qq --no-deps --target "$toolkit" "${wheels[@]}"
+  if [ -d "$toolkit/nvidia/cu13" ]; then  # CMake looks for names that wheels, which hold no links, lack
+    ln -s lib "$toolkit/nvidia/cu13/lib64"
+    ln -s libcudart.so.13 "$toolkit/nvidia/cu13/lib/libcudart.so"
+  fi
+  echo "${wheels[*]}" >"$toolkit/wheels"
+}
+
+stage_cuda() {  # the CUDA backend for all its architectures; what needs no GPU is run
+  fetch_toolkit
+  command -v nvcc >/dev/null || export CUDACXX="$toolkit/nvidia/cu13/bin/nvcc"
+  configure cuda -DCMAKE_BUILD_TYPE=Release -DSPLITFUSE_CUDA=ON \
+    -DSPLITFUSE_CUTLASS_DIR="$toolkit/cutlass_library/source/include"
+  cmake --build build/cuda -j "$jobs" --target cuda_tests
+  find cuda tests/cpp/cuda_* -name '*.cc' -not -name no_cuda.cc | tidy cuda
+  ctest --test-dir build/cuda --no-tests=error -L cuda
 }
 
 # ---- Python, on the installed wheel

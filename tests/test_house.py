@@ -26,6 +26,10 @@ CPP_FLOORS = {
     "cpp/host": ({"splitfuse", "base", "backend", "host"}, {"std"}),
     "cpp/cpu": ({"splitfuse", "base", "backend", "cpu"}, {"std", "posix"}),
     "cuda": ({"splitfuse", "base", "backend", "cuda"}, {"std", "cuda"}),
+    "cuda/device": ({"splitfuse", "base", "cuda"}, {"std", "cuda"}),
+    "cuda/gemm": ({"splitfuse", "base", "backend", "cuda"}, {"std", "cuda"}),
+    "cuda/attention": ({"splitfuse", "base", "backend", "cuda"}, {"std", "cuda"}),
+    "cuda/ops": ({"splitfuse", "base", "backend", "cuda"}, {"std", "cuda"}),
     "cpp/model": ({"splitfuse", "base", "backend", "model"}, {"std", "posix"}),
     "cpp/engine": ({"splitfuse", "base", "backend", "host", "model", "engine"}, {"std", "posix"}),
     "python/bindings": ({"splitfuse", "bindings"}, {"std", "pybind11"}),
@@ -43,6 +47,7 @@ CPP_EXCEPTIONS = {
 ISAS = r"(avx2|avx_vnni|avx512|avx512_vnni|avx512_bf16|neon|neon_bf16|neon_i8mm)"
 INTRINSICS = re.compile(rf"_{ISAS}(-inl)?\.(cc|h)$")  # files of one instruction set
 POSIX = re.compile(r"(sys/\w+|linux/\w+|cpuid|fcntl|pthread|sched|unistd)\.h")
+CUDA = re.compile(r"cuda\w*\.h|(cub|cute|cutlass|nv)/[\w/.]+|cooperative_groups(/\w+)?\.h")
 BACKEND_FACTORY = re.compile(r"\bmake_(cpu|cuda)_backend\b")
 
 # ---- The floors of Python. "local" is the package itself; the standard library is free to all.
@@ -115,6 +120,8 @@ def system_kind(header: str, file: Path) -> str:
         )
     if POSIX.fullmatch(header):
         return "posix"
+    if CUDA.fullmatch(header):
+        return "cuda"
     return "std" if re.fullmatch(r"[a-z_]+", header) else "unknown"
 
 
@@ -219,7 +226,7 @@ def executed_by(node: ast.AST) -> set[str]:
     return {f"{called} that may execute"} if pickles or CALLS_THAT_EXECUTE.fullmatch(called) else set()
 
 
-KERNEL = re.compile(rf"cpp/cpu/\w+(_(ref|{ISAS})\.cc|-inl\.h)")
+KERNEL = re.compile(rf"cpp/cpu/\w+(_(ref|{ISAS})\.cc|-inl\.h)|cuda/(\w+/)*\w+\.cuh?")
 
 
 def is_kernel(file: Path) -> bool:
@@ -264,7 +271,7 @@ def functions(file: Path, lines: list[str]) -> list[tuple[str, int]]:
 def header_offences(root: Path) -> list[str]:
     """Headers choose nothing at compile time, and are read once."""
     offences = []
-    for file in tree(root, ".h"):
+    for file in tree(root, ".h", ".cuh"):
         if not in_folder(file, CODE):
             continue
         text = (root / file).read_text()
@@ -367,6 +374,9 @@ BROKEN = {
     "cpp/base/torch.cc": ("#include <torch/torch.h>\n", include_offences),
     "cpp/cpu/rows.cc": ("#include <immintrin.h>\n", include_offences),
     "cpp/cpu/linear.cc": ("#include <arm_neon.h>\n", include_offences),
+    "cpp/cpu/gpu.cc": ("#include <cuda_runtime_api.h>\n", include_offences),
+    "cuda/gemm/posix.cc": ("#include <unistd.h>\n", include_offences),
+    "cuda/device/up.h": ('#pragma once\n#include "backend/backend.h"\n', include_offences),
     "cpp/include/splitfuse/unix.h": ("#pragma once\n#include <unistd.h>\n", include_offences),
     "cpp/model/choose.cc": ("auto b = make_cpu_backend(t, 1, isa);\n", include_offences),
     "cpp/novel/thing.h": ("#pragma once\n", include_offences),
@@ -390,6 +400,7 @@ BROKEN = {
     "cpp/base/long.cc": ("void f(int a) {\n" + "  a++;\n" * MAX_FUNCTION + "}\n", length_offences),
     "python/splitfuse/long.py": ("def f():\n" + "    pass\n" * MAX_FUNCTION, length_offences),
     "cpp/base/choice.h": ("#pragma once\n#ifdef HAVE_CUDA\n#endif\n", header_offences),
+    "cuda/ops/choice.cuh": ("#pragma once\n#if __CUDA_ARCH__ >= 900\n#endif\n", header_offences),
     "cpp/base/twice.h": ("int f();\n", header_offences),
     "cpp/base/env.cc": ('auto e = std::getenv("SPLITFUSE_SECRET");\n', environment_offences),
     "tests/cpp/consumer/main.cc": ("int main() { return 1; }\n", readme_offences),
@@ -418,6 +429,7 @@ def test_the_rules_pass_what_is_right(tmp_path):
         "cpp/engine/make_backend.cc": "auto b = make_cpu_backend(t, 1, isa);\n",
         "cpp/cpu/isa.cc": '#include "cpu/isa.h"\nauto e = std::getenv("SPLITFUSE_CPU_ISA");\n',
         "cpp/cpu/rows_avx2.cc": "#include <immintrin.h>\n",
+        "cuda/gemm/tiles.cuh": '#pragma once\n#include <cute/tensor.hpp>\n#include "cuda/device/check.h"\n',
         "cpp/cpu/rows_neon.cc": "#include <arm_neon.h>\n",
         "python/bindings/testing.cc": '#include "host/kv_pool.h"\n#include "bindings.h"\n#include <pybind11/stl.h>\n',
         "python/splitfuse/bin_file.py": "import os\nimport pickle\nimport torch\nfrom . import _core\n"

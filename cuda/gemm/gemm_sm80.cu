@@ -1,0 +1,228 @@
+// The product with mma.sync.m16n8k16 and cp.async: for compute capability 8.x, where it is the only one. A block keeps
+// some steps of depth of its tile in shared memory, in 128-byte rows whose 16-byte pieces are swapped by the row's
+// number, so that ldmatrix meets all banks.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/device/launch.cuh"
+#include "cuda/gemm/epilogue.cuh"
+#include "cuda/gemm/gemm.h"
+#include "cuda/gemm/tile_rules.h"
+
+namespace splitfuse::cuda {
+namespace {
+
+constexpr int kPieces = 8;   // of 16 bytes, in a row of a step
+
+/// The tile of rule `kIndex`, its warps kWarpsWeights x kWarpsRows.
+template <int kIndex, int kWarpsWeights, int kWarpsRows>
+struct TileSm80 {
+  static constexpr int kWeightRows = kTilesSm80[kIndex].weight_rows;
+  static constexpr int kRows = kTilesSm80[kIndex].rows;
+  static constexpr int kStages = kTilesSm80[kIndex].stages;
+  static constexpr int kBlocks = kTilesSm80[kIndex].blocks;
+  static constexpr int kWarpsAlongWeights = kWarpsWeights;
+  static constexpr int kThreads = kWarpsWeights * kWarpsRows * 32;
+  static constexpr int kWeightTiles = kWeightRows / kWarpsWeights / 16;   // instructions of a warp
+  static constexpr int kRowTiles = kRows / kWarpsRows / 8;
+  static constexpr int kStageBytes = (kWeightRows + kRows) * kPieces * 16;
+  static constexpr int kStagedBytes = kRows * staged_stride(kWeightRows) * 4;
+  static constexpr int kSharedBytes = std::max(kStages * kStageBytes, kStagedBytes);
+  static_assert(kRowTiles % 2 == 0 && kWeightRows % (16 * kWarpsWeights) == 0);
+};
+
+template <class Element>
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                            uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void multiply_add<__half>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                     uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// Four 8x8 matrices, whose rows lanes 0-7, 8-15, 16-23 and 24-31 point to.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
+/// 16 bytes to shared memory, or zeros if not `valid`; does not wait.
+__device__ __forceinline__ void copy_piece(uint32_t to, const void* from, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ __forceinline__ void wait_for_stages() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+__device__ __forceinline__ uint32_t piece_offset(int row, int piece) {
+  return static_cast<uint32_t>((row * kPieces + (piece ^ (row % kPieces))) * 16);
+}
+
+/// Step `step` of `count` rows from `first` on of a matrix [rows, depth] to `to`; zero where it has none.
+template <int kCount, int kThreads>
+__device__ __forceinline__ void load_rows(uint32_t to, const void* matrix, int64_t stride, int32_t first, int32_t rows,
+                                          int32_t step, int32_t depth) {
+  static_assert(kCount * kPieces % kThreads == 0);
+#pragma unroll
+  for (int i = 0; i < kCount * kPieces / kThreads; ++i) {
+    const int index = i * kThreads + static_cast<int>(threadIdx.x);
+    const int row = index / kPieces;
+    const int piece = index % kPieces;
+    const int32_t k = step * kDepthStep + piece * 8;
+    const bool valid = first + row < rows && k < depth;
+    const auto* from = static_cast<const uint16_t*>(matrix) + (valid ? (first + row) * stride + k : 0);
+    copy_piece(to + piece_offset(row, piece), from, valid);
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void load_stage(const GemmTask& task, uint32_t to, int32_t weight_row, int32_t row,
+                                           int32_t step) {
+  load_rows<Tile::kWeightRows, Tile::kThreads>(to, task.weights, task.weight_stride, weight_row, task.weight_rows, step,
+                                               task.depth);
+  load_rows<Tile::kRows, Tile::kThreads>(to + Tile::kWeightRows * kPieces * 16, task.in, task.in_stride, row, task.rows,
+                                         step, task.depth);
+}
+
+/// Adds one step to a warp's sums, 16 of depth after the other.
+template <class Element, class Tile>
+__device__ __forceinline__ void add_step(float (&sums)[Tile::kWeightTiles][Tile::kRowTiles][4], uint32_t stage,
+                                         int weight_row, int row, int lane) {
+#pragma unroll
+  for (int k = 0; k < kDepthStep / 16; ++k) {
+    uint32_t weights[Tile::kWeightTiles][4];
+#pragma unroll
+    for (int i = 0; i < Tile::kWeightTiles; ++i) {
+      load_matrices(weights[i], stage + piece_offset(weight_row + i * 16 + lane % 16, 2 * k + lane / 16));
+    }
+    uint32_t in[Tile::kRowTiles / 2][4];
+#pragma unroll
+    for (int j = 0; j < Tile::kRowTiles / 2; ++j) {
+      const int input = row + j * 16 + lane % 8 + lane / 16 * 8;
+      load_matrices(in[j], stage + piece_offset(Tile::kWeightRows + input, 2 * k + lane / 8 % 2));
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kWeightTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::kRowTiles; ++j) {
+        multiply_add<Element>(sums[i][j], weights[i], in[j / 2][j % 2 * 2], in[j / 2][j % 2 * 2 + 1]);
+      }
+    }
+  }
+}
+
+template <class Element, class Tile>
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void gemm_sm80_kernel(const GemmTask task,
+                                                                                  const TileGrid grid) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const auto ring = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const TileGrid::Place tile = grid.place(static_cast<int32_t>(blockIdx.x));
+  const int32_t weight_row = tile.weight_tile * Tile::kWeightRows;
+  const int32_t row = tile.row_tile * Tile::kRows;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp_weight_row = warp % Tile::kWarpsAlongWeights * Tile::kWeightTiles * 16;
+  const int warp_row = warp / Tile::kWarpsAlongWeights * Tile::kRowTiles * 8;
+  const int32_t steps = tiles_over(task.depth, kDepthStep);
+  wait_for_inputs();
+
+#pragma unroll
+  for (int s = 0; s < Tile::kStages - 1; ++s) {
+    if (s < steps) load_stage<Tile>(task, ring + s * Tile::kStageBytes, weight_row, row, s);
+    end_of_stage();
+  }
+  float sums[Tile::kWeightTiles][Tile::kRowTiles][4] = {};
+  for (int32_t step = 0; step < steps; ++step) {
+    wait_for_stages<Tile::kStages - 2>();
+    __syncthreads();   // what every thread copied is there, and the stage before has been used up
+    const int32_t next = step + Tile::kStages - 1;
+    if (next < steps) load_stage<Tile>(task, ring + next % Tile::kStages * Tile::kStageBytes, weight_row, row, next);
+    end_of_stage();
+    add_step<Element, Tile>(sums, ring + step % Tile::kStages * Tile::kStageBytes, warp_weight_row, warp_row, lane);
+  }
+  wait_for_stages<0>();
+  __syncthreads();
+  let_next_begin();
+
+  auto* staged = reinterpret_cast<float*>(shared);
+  constexpr int kStride = staged_stride(Tile::kWeightRows);
+#pragma unroll
+  for (int i = 0; i < Tile::kWeightTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kRowTiles; ++j) {
+      const float (&s)[4] = sums[i][j];
+      float* to = staged + (warp_row + j * 8) * kStride + warp_weight_row + i * 16;
+      store_fragment<Tile::kWeightRows>(to, lane, s[0], s[1], s[2], s[3]);
+    }
+  }
+  __syncthreads();
+  finish_tile<Element, Tile::kWeightRows, Tile::kRows>(
+      task, weight_row, row, static_cast<int>(threadIdx.x), Tile::kThreads,
+      [staged](int r, int w) { return *reinterpret_cast<const float4*>(staged + r * kStride + w); });
+}
+
+using Smallest = TileSm80<0, 4, 1>;
+using Middle = TileSm80<1, 2, 2>;
+using Largest = TileSm80<2, 4, 2>;
+
+template <class Element, class Tile>
+void run(const GemmTask& task, const GemmPlace& place) {
+  const TileGrid grid{tiles_over(task.weight_rows, Tile::kWeightRows), tiles_over(task.rows, Tile::kRows)};
+  Launch how;
+  how.grid = dim3(static_cast<unsigned>(grid.count()));
+  how.block = dim3(Tile::kThreads);
+  how.stream = place.stream;
+  how.shared_bytes = Tile::kSharedBytes;
+  how.overlap = place.overlap;
+  launch("gemm_sm80", gemm_sm80_kernel<Element, Tile>, how, task, grid);
+}
+
+template <class Element>
+void choose(const GemmTask& task, const GemmPlace& place) {
+  switch (choose_tile(kTilesSm80, task.weight_rows, task.rows, 1, place.processors)) {
+    case 0:
+      return run<Element, Smallest>(task, place);
+    case 1:
+      return run<Element, Middle>(task, place);
+    default:
+      return run<Element, Largest>(task, place);
+  }
+}
+
+template <class Element>
+void prepare() {
+  allow_shared_memory(gemm_sm80_kernel<Element, Smallest>, Smallest::kSharedBytes);
+  allow_shared_memory(gemm_sm80_kernel<Element, Middle>, Middle::kSharedBytes);
+  allow_shared_memory(gemm_sm80_kernel<Element, Largest>, Largest::kSharedBytes);
+}
+
+}  // namespace
+
+void prepare_gemm_sm80() {
+  prepare<__nv_bfloat16>();
+  prepare<__half>();
+}
+
+void gemm_sm80(const GemmTask& task, const GemmPlace& place) {
+  if (task.rows == 0) return;
+  task.half ? choose<__half>(task, place) : choose<__nv_bfloat16>(task, place);
+}
+
+}  // namespace splitfuse::cuda
