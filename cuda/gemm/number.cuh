@@ -14,15 +14,15 @@ __device__ __forceinline__ uint32_t pack_two(float low, float high);
 
 template <>
 __device__ __forceinline__ uint32_t pack_two<__nv_bfloat16>(float low, float high) {
-  const uint32_t a = __bfloat16_as_ushort(__float2bfloat16_rn(low));
-  const uint32_t b = __bfloat16_as_ushort(__float2bfloat16_rn(high));
-  return a | b << 16;
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
 }
 template <>
 __device__ __forceinline__ uint32_t pack_two<__half>(float low, float high) {
-  const uint32_t a = __half_as_ushort(__float2half_rn(low));
-  const uint32_t b = __half_as_ushort(__float2half_rn(high));
-  return a | b << 16;
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
 }
 
 template <class Element>
