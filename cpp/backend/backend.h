@@ -204,6 +204,10 @@ class Backend {
   virtual void pack_bias(const Linear& linear, Rows which, int32_t row, const TensorView& bias) = 0;
   /// Copies a host vector to `out`, as float32.
   virtual void upload(const TensorView& vector, float* out) = 0;
+  /// Copies bytes as they are from device memory, after all operations so far, and to it. For tests: a step copies
+  /// nothing that operations don't.
+  virtual void read(const void* from, std::span<std::byte> out) = 0;
+  virtual void write(std::span<const std::byte> bytes, void* to) = 0;
 
   // ---- One step
   /// Begins a step: takes the metadata, computes rotary angles of its positions, plans attention work.

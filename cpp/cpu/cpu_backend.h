@@ -1,7 +1,9 @@
 // The CPU backend: the Backend contract on the kernels of one rung of the ISA ladder and one thread pool.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 #include <string>
 
@@ -33,6 +35,8 @@ class CpuBackend final : public Backend {
   void pack(const Linear& linear, Rows which, int32_t row, const TensorView& weight) override;
   void pack_bias(const Linear& linear, Rows which, int32_t row, const TensorView& bias) override;
   void upload(const TensorView& vector, float* out) override;
+  void read(const void* from, std::span<std::byte> out) override { std::memcpy(out.data(), from, out.size()); }
+  void write(std::span<const std::byte> bytes, void* to) override { std::memcpy(to, bytes.data(), bytes.size()); }
 
   void begin(const RaggedBatch& batch) override;
   void embed(const Linear& table, float scale, float* x) override;

@@ -1,9 +1,6 @@
-// The product with mma.sync.m16n8k16 and cp.async: for compute capability 8.x, where it is the only one. A block keeps
-// some steps of depth of its tile in shared memory, in 128-byte rows whose 16-byte pieces are swapped by the row's
-// number, so that ldmatrix meets all banks.
+// The product with mma.sync.m16n8k16 and cp.async: for compute capability 8.x, where it is the only one.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cuda/device/launch.cuh"
@@ -11,49 +8,10 @@
 #include "cuda/gemm/epilogue.cuh"
 #include "cuda/gemm/gemm.h"
 #include "cuda/gemm/tile_rules.h"
+#include "cuda/gemm/tile_sm80.cuh"
 
 namespace splitfuse::cuda {
 namespace {
-
-constexpr int kPieces = 8;   // of 16 bytes, in a row of a step
-
-/// The tile of rule `kIndex`, its warps kWarpsWeights x kWarpsRows.
-template <int kIndex, int kWarpsWeights, int kWarpsRows>
-struct TileSm80 {
-  static constexpr int kWeightRows = kTilesSm80[kIndex].weight_rows;
-  static constexpr int kRows = kTilesSm80[kIndex].rows;
-  static constexpr int kStages = kTilesSm80[kIndex].stages;
-  static constexpr int kBlocks = kTilesSm80[kIndex].blocks;
-  static constexpr int kWarpsAlongWeights = kWarpsWeights;
-  static constexpr int kThreads = kWarpsWeights * kWarpsRows * 32;
-  static constexpr int kWeightTiles = kWeightRows / kWarpsWeights / 16;   // instructions of a warp
-  static constexpr int kRowTiles = kRows / kWarpsRows / 8;
-  static constexpr int kStageBytes = (kWeightRows + kRows) * kPieces * 16;
-  static constexpr int kStagedBytes = kRows * staged_stride(kWeightRows) * 4;
-  static constexpr int kSharedBytes = std::max(kStages * kStageBytes, kStagedBytes);
-  static_assert(kRowTiles % 2 == 0 && kWeightRows % (16 * kWarpsWeights) == 0);
-};
-
-__device__ __forceinline__ uint32_t piece_offset(int row, int piece) {
-  return static_cast<uint32_t>((row * kPieces + (piece ^ (row % kPieces))) * 16);
-}
-
-/// Step `step` of `count` rows from `first` on of a matrix [rows, depth] to `to`; zero where it has none.
-template <int kCount, int kThreads>
-__device__ __forceinline__ void load_rows(uint32_t to, const void* matrix, int64_t stride, int32_t first, int32_t rows,
-                                          int32_t step, int32_t depth) {
-  static_assert(kCount * kPieces % kThreads == 0);
-#pragma unroll
-  for (int i = 0; i < kCount * kPieces / kThreads; ++i) {
-    const int index = i * kThreads + static_cast<int>(threadIdx.x);
-    const int row = index / kPieces;
-    const int piece = index % kPieces;
-    const int32_t k = step * kDepthStep + piece * 8;
-    const bool valid = first + row < rows && k < depth;
-    const auto* from = static_cast<const uint16_t*>(matrix) + (valid ? (first + row) * stride + k : 0);
-    copy_piece(to + piece_offset(row, piece), from, valid);
-  }
-}
 
 template <class Tile>
 __device__ __forceinline__ void load_stage(const GemmTask& task, uint32_t to, int32_t weight_row, int32_t row,
@@ -64,86 +22,17 @@ __device__ __forceinline__ void load_stage(const GemmTask& task, uint32_t to, in
                                          step, task.depth);
 }
 
-/// Adds one step to a warp's sums, 16 of depth after the other.
-template <class Element, class Tile>
-__device__ __forceinline__ void add_step(float (&sums)[Tile::kWeightTiles][Tile::kRowTiles][4], uint32_t stage,
-                                         int weight_row, int row, int lane) {
-#pragma unroll
-  for (int k = 0; k < kDepthStep / 16; ++k) {
-    uint32_t weights[Tile::kWeightTiles][4];
-#pragma unroll
-    for (int i = 0; i < Tile::kWeightTiles; ++i) {
-      load_matrices(weights[i], stage + piece_offset(weight_row + i * 16 + lane % 16, 2 * k + lane / 16));
-    }
-    uint32_t in[Tile::kRowTiles / 2][4];
-#pragma unroll
-    for (int j = 0; j < Tile::kRowTiles / 2; ++j) {
-      const int input = row + j * 16 + lane % 8 + lane / 16 * 8;
-      load_matrices(in[j], stage + piece_offset(Tile::kWeightRows + input, 2 * k + lane / 8 % 2));
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::kWeightTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < Tile::kRowTiles; ++j) {
-        multiply_add<Element>(sums[i][j], weights[i], in[j / 2][j % 2 * 2], in[j / 2][j % 2 * 2 + 1]);
-      }
-    }
-  }
-}
-
 template <class Element, class Tile>
 __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void gemm_sm80_kernel(const GemmTask task,
                                                                                   const TileGrid grid) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const auto ring = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const TileGrid::Place tile = grid.place(static_cast<int32_t>(blockIdx.x));
   const int32_t weight_row = tile.weight_tile * Tile::kWeightRows;
   const int32_t row = tile.row_tile * Tile::kRows;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int warp_weight_row = warp % Tile::kWarpsAlongWeights * Tile::kWeightTiles * 16;
-  const int warp_row = warp / Tile::kWarpsAlongWeights * Tile::kRowTiles * 8;
-  const int32_t steps = tiles_over(task.depth, kDepthStep);
   wait_for_inputs();
-
-#pragma unroll
-  for (int s = 0; s < Tile::kStages - 1; ++s) {
-    if (s < steps) load_stage<Tile>(task, ring + s * Tile::kStageBytes, weight_row, row, s);
-    end_of_stage();
-  }
-  float sums[Tile::kWeightTiles][Tile::kRowTiles][4] = {};
-  for (int32_t step = 0; step < steps; ++step) {
-    wait_for_stages<Tile::kStages - 2>();
-    __syncthreads();   // what every thread copied is there, and the stage before has been used up
-    const int32_t next = step + Tile::kStages - 1;
-    if (next < steps) load_stage<Tile>(task, ring + next % Tile::kStages * Tile::kStageBytes, weight_row, row, next);
-    end_of_stage();
-    add_step<Element, Tile>(sums, ring + step % Tile::kStages * Tile::kStageBytes, warp_weight_row, warp_row, lane);
-  }
-  wait_for_stages<0>();
-  __syncthreads();
-  let_next_begin();
-
-  auto* staged = reinterpret_cast<float*>(shared);
-  constexpr int kStride = staged_stride(Tile::kWeightRows);
-#pragma unroll
-  for (int i = 0; i < Tile::kWeightTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < Tile::kRowTiles; ++j) {
-      const float (&s)[4] = sums[i][j];
-      float* to = staged + (warp_row + j * 8) * kStride + warp_weight_row + i * 16;
-      store_fragment<Tile::kWeightRows>(to, lane, s[0], s[1], s[2], s[3]);
-    }
-  }
-  __syncthreads();
-  finish_tile<Element, Tile::kWeightRows, Tile::kRows>(
-      task, weight_row, row, static_cast<int>(threadIdx.x), Tile::kThreads,
-      [staged](int r, int w) { return *reinterpret_cast<const float4*>(staged + r * kStride + w); });
+  multiply_tile<Element, Tile>(task, shared, weight_row, row,
+                               [&](uint32_t to, int32_t step) { load_stage<Tile>(task, to, weight_row, row, step); });
 }
-
-using Smallest = TileSm80<0, 4, 1>;
-using Middle = TileSm80<1, 2, 2>;
-using Largest = TileSm80<2, 4, 2>;
 
 template <class Element, class Tile>
 void run(const GemmTask& task, const GemmPlace& place) {
@@ -161,19 +50,19 @@ template <class Element>
 void choose(const GemmTask& task, const GemmPlace& place) {
   switch (choose_tile(kTilesSm80, task.weight_rows, task.rows, 1, place.processors)) {
     case 0:
-      return run<Element, Smallest>(task, place);
+      return run<Element, SmallestSm80>(task, place);
     case 1:
-      return run<Element, Middle>(task, place);
+      return run<Element, MiddleSm80>(task, place);
     default:
-      return run<Element, Largest>(task, place);
+      return run<Element, LargestSm80>(task, place);
   }
 }
 
 template <class Element>
 void prepare() {
-  allow_shared_memory(gemm_sm80_kernel<Element, Smallest>, Smallest::kSharedBytes);
-  allow_shared_memory(gemm_sm80_kernel<Element, Middle>, Middle::kSharedBytes);
-  allow_shared_memory(gemm_sm80_kernel<Element, Largest>, Largest::kSharedBytes);
+  allow_shared_memory(gemm_sm80_kernel<Element, SmallestSm80>, SmallestSm80::kSharedBytes);
+  allow_shared_memory(gemm_sm80_kernel<Element, MiddleSm80>, MiddleSm80::kSharedBytes);
+  allow_shared_memory(gemm_sm80_kernel<Element, LargestSm80>, LargestSm80::kSharedBytes);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// _core.testing: every operation of the CPU backend on numpy arrays. Inputs are padded as the Backend contract has
+// _core.testing: every operation of a backend on numpy arrays. Inputs are padded as the Backend contract has
 // it; outputs are full of NaN before, and what lies beyond their columns must be untouched after.
 #include <cmath>
 #include <cstring>
@@ -25,8 +25,9 @@ struct SeqChunk {
 
 class Ops {
  public:
-  Ops(const std::string& dtype, const std::string& isa, int threads, const std::string& format)
-      : backend_(make_cpu_backend(dtype_from_name(dtype), threads, isa)), format_(weight_format_from_name(format)) {
+  Ops(const std::string& dtype, const std::string& isa, int threads, const std::string& format,
+      const std::string& device)
+      : backend_(make_device(device, dtype, isa, threads)), format_(weight_format_from_name(format)) {
     shape_.kv = {.layers = 1, .kv_heads = 1, .head_dim = 8, .block_size = 16, .blocks = 1};
     shape_.heads = 1;
     shape_.ropes = {{std::vector<float>(4), 1.0f}};
@@ -160,7 +161,8 @@ class Ops {
   py::array_t<uint8_t> kv_cache() const {
     const int64_t bytes = backend_->kv_block_bytes(shape_.kv);
     py::array_t<uint8_t> copy({int64_t{shape_.kv.blocks}, bytes});
-    std::memcpy(copy.mutable_data(), cache_.data(), static_cast<size_t>(shape_.kv.blocks * bytes));
+    backend_->read(cache_.data(),
+                   std::as_writable_bytes(std::span(copy.mutable_data(), static_cast<size_t>(copy.size()))));
     return copy;
   }
 
@@ -236,7 +238,7 @@ class Ops {
 
   Matrix poisoned(int32_t rows, int32_t columns, DType dtype) {
     Matrix matrix(*backend_, rows, columns, dtype);
-    std::memset(matrix.data(), kPoison, static_cast<size_t>(rows * matrix.stride));
+    matrix.poison();
     return matrix;
   }
 
@@ -286,9 +288,11 @@ class Ops {
 void register_testing(py::module_& module) {
   py::module_ testing = module.def_submodule("testing", "The native parts one by one, for tests.");
   const auto none = py::none();
-  py::class_<Ops>(testing, "Ops", "A CPU backend whose operations take and give arrays of float32.")
-      .def(py::init<const std::string&, const std::string&, int, const std::string&>(), py::arg("dtype"),
-           py::arg("isa"), py::arg("threads") = 1, py::arg("format") = "dense")
+  py::class_<Ops>(testing, "Ops",
+                  "A backend whose operations take and give arrays of float32; isa and threads are the CPU's.")
+      .def(py::init<const std::string&, const std::string&, int, const std::string&, const std::string&>(),
+           py::arg("dtype"), py::arg("isa") = "auto", py::arg("threads") = 1, py::arg("format") = "dense",
+           py::arg("device") = "cpu")
       .def("describe", &Ops::describe)
       .def("linear", &Ops::linear, py::arg("w"), py::arg("bias"), py::arg("x"), py::arg("parts") = 1,
            "x [rows, k] w^T + bias; w [n, k] is packed in `parts` runs of rows.")

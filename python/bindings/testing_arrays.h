@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
+#include <cstddef>
+#include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "backend/backend.h"
@@ -25,6 +27,14 @@ inline int32_t columns_of(const py::array& array) { return static_cast<int32_t>(
 
 inline void need(bool holds, const char* what) {
   if (!holds) throw InvalidArgument(what);
+}
+
+/// The backend of device "cpu" or "cuda"; isa and threads are the CPU's.
+inline std::unique_ptr<Backend> make_device(const std::string& device, const std::string& dtype, const std::string& isa,
+                                            int threads) {
+  need(device == "cpu" || device == "cuda", "device must be 'cpu' or 'cuda'");
+  if (device == "cuda") return make_cuda_backend(dtype_from_name(dtype));
+  return make_cpu_backend(dtype_from_name(dtype), threads, isa);
 }
 
 /// float32, float16, or uint16 for the bits of bfloat16.
@@ -54,19 +64,31 @@ struct Given {
   TensorView view;
 };
 
-/// Rows of row_stride(columns) elements on the device, zero at first.
+/// Rows of row_stride(columns) elements on the device, zero at first, and a copy of them here.
 struct Matrix {
-  Matrix(Backend& backend, int32_t row_count, int32_t column_count, DType format)
+  Matrix(Backend& device, int32_t row_count, int32_t column_count, DType format)
       : rows(row_count), columns(column_count), dtype(format), stride(row_stride(column_count) * dtype_size(format)),
-        buffer(backend.allocate(std::max<int64_t>(row_count * stride, 1))) {}
+        backend(device), copy(static_cast<size_t>(row_count * stride)),
+        buffer(device.allocate(std::max<int64_t>(row_count * stride, 1))) {}
 
-  void* data() { return buffer.data(); }
-  float* floats() { return reinterpret_cast<float*>(buffer.data()); }
+  /// The rows on the device: as they were filled, or as operations have left them since.
+  void* data() {
+    if (!sent) backend.write(copy, buffer.data());
+    sent = true;
+    return buffer.data();
+  }
+  float* floats() { return static_cast<float*>(data()); }
+
+  void poison() {
+    std::fill(copy.begin(), copy.end(), std::byte{kPoison});
+    sent = false;
+  }
 
   void fill(const Floats& values) {
     need(values.ndim() == 2 && rows_of(values) == rows && columns_of(values) == columns, "an array has a wrong shape");
+    sent = false;
     for (int32_t r = 0; r < rows; ++r) {
-      std::byte* row = buffer.data() + r * stride;
+      std::byte* row = copy.data() + r * stride;
       for (int32_t c = 0; c < columns; ++c) {
         if (dtype == DType::kF32) {
           reinterpret_cast<float*>(row)[c] = values.at(r, c);
@@ -80,8 +102,9 @@ struct Matrix {
   /// The columns as floats, once the poison beyond them was found whole.
   Floats result() {
     Floats values({rows, columns});
+    backend.read(buffer.data(), copy);
     for (int32_t r = 0; r < rows; ++r) {
-      const std::byte* row = buffer.data() + r * stride;
+      const std::byte* row = copy.data() + r * stride;
       for (int64_t i = columns * dtype_size(dtype); i < stride; ++i) {
         if (row[i] != std::byte{kPoison})
           throw Error(cat("the operation wrote beyond column ", columns, " of row ", r));
@@ -98,7 +121,10 @@ struct Matrix {
   int32_t columns;
   DType dtype;
   int64_t stride;   // bytes
+  Backend& backend;
+  std::vector<std::byte> copy;
   DeviceBuffer buffer;
+  bool sent = false;   // the copy is on the device
 };
 
 /// A Linear and its memory.

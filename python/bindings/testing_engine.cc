@@ -56,6 +56,8 @@ class ProbedBackend : public Backend {
     inner_->pack_bias(linear, which, row, bias);
   }
   void upload(const TensorView& vector, float* out) override { inner_->upload(vector, out); }
+  void read(const void* from, std::span<std::byte> out) override { inner_->read(from, out); }
+  void write(std::span<const std::byte> bytes, void* to) override { inner_->write(bytes, to); }
 
   void begin(const RaggedBatch& batch) override {
     count();
@@ -111,11 +113,13 @@ class ProbedBackend : public Backend {
   }
   void sample(float* logits, std::span<const SampleRow> rows, std::span<SampleResult> results) override {
     count();
-    if (probe_->poison_logits) logits[0] = std::numeric_limits<float>::quiet_NaN();
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    if (probe_->poison_logits) inner_->write(std::as_bytes(std::span(&nan, 1)), logits);
     probe_->poison_logits = false;
     for (size_t i = 0; probe_->capture && i < rows.size(); ++i) {
-      const float* row = logits + i * row_stride(vocab_);
-      probe_->captured.push_back({static_cast<int32_t>(rows[i].tokens.size()), {row, row + vocab_}});
+      std::vector<float> row(static_cast<size_t>(vocab_));
+      inner_->read(logits + i * row_stride(vocab_), std::as_writable_bytes(std::span(row)));
+      probe_->captured.push_back({static_cast<int32_t>(rows[i].tokens.size()), std::move(row)});
     }
     inner_->sample(logits, rows, results);
   }

@@ -1,33 +1,27 @@
-// _core.testing.Experts: a mixture of experts of the CPU backend on numpy arrays. The output is full of NaN before, and
+// _core.testing.Experts: a mixture of experts of a backend on numpy arrays. The output is full of NaN before, and
 // what lies beyond its columns must be untouched after.
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <optional>
 
 #include "backend/backend.h"
-#include "base/check.h"
-#include "base/numeric.h"
 #include "bindings.h"
+#include "testing_arrays.h"
 
 namespace py = pybind11;
 using namespace splitfuse;
+using namespace splitfuse::testing;
 
 namespace {
 
-using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using Matrices = std::vector<std::optional<Floats>>;  // gate (if gated), up and down, or their biases
-
-TensorView tensor_of(const Floats& array) {
-  return {DType::kF32, {array.shape(), array.shape() + array.ndim()}, array.data()};
-}
 
 class ExpertsOf {
  public:
   ExpertsOf(const MoeConfig& moe, int32_t hidden, int32_t max_rows, const std::string& activation, bool gated,
-            const std::string& dtype, const std::string& isa, int threads, const std::string& format)
-      : backend_(make_cpu_backend(dtype_from_name(dtype), threads, isa)), moe_(moe), hidden_(hidden),
-        max_rows_(max_rows) {
+            const std::string& dtype, const std::string& isa, int threads, const std::string& format,
+            const std::string& device)
+      : backend_(make_device(device, dtype, isa, threads)), moe_(moe), hidden_(hidden), max_rows_(max_rows) {
     const bool shared = moe.shared_intermediate_size > 0;
     experts_.routing = {moe.experts, moe.top_k,      moe.scoring, moe.normalize, moe.scale,
                         moe.groups,  moe.top_groups, nullptr,     shared,        moe.shared_gate};
@@ -66,30 +60,12 @@ class ExpertsOf {
     if (x.ndim() != 2 || x.shape(1) != hidden_ || rows > max_rows_) {
       throw InvalidArgument("x must be [rows, hidden], of no more rows than max_rows");
     }
-    const int64_t stride = row_stride(hidden_);
-    const DeviceBuffer in = backend_->allocate(std::max<int64_t>(rows * stride * dtype_size(backend_->dtype()), 1));
-    for (int32_t r = 0; r < rows; ++r) {
-      for (int32_t c = 0; c < hidden_; ++c) {
-        if (backend_->dtype() == DType::kF32) {
-          reinterpret_cast<float*>(in.data())[r * stride + c] = x.at(r, c);
-        } else {
-          reinterpret_cast<uint16_t*>(in.data())[r * stride + c] = float_to_bf16(x.at(r, c));
-        }
-      }
-    }
-    std::vector<float> out(static_cast<size_t>(rows * stride));
-    std::memset(out.data(), 0xff, out.size() * sizeof(float));
-    const std::vector<float> poison = out;
-    backend_->experts(experts_, in.data(), rows, out.data());
-    Floats result({rows, hidden_});
-    for (int32_t r = 0; r < rows; ++r) {
-      const float* row = out.data() + r * stride;
-      std::copy(row, row + hidden_, result.mutable_data(r, 0));
-      if (std::memcmp(row + hidden_, poison.data(), static_cast<size_t>(stride - hidden_) * sizeof(float)) != 0) {
-        throw Error(cat("the operation wrote beyond column ", hidden_, " of row ", r));
-      }
-    }
-    return result;
+    Matrix in(*backend_, rows, hidden_, backend_->dtype());
+    in.fill(x);
+    Matrix out(*backend_, rows, hidden_, DType::kF32);
+    out.poison();
+    backend_->experts(experts_, in.data(), rows, out.floats());
+    return out.result();
   }
 
   uint32_t barriers() const { return backend_->barriers(); }
@@ -141,12 +117,12 @@ class ExpertsOf {
 void register_experts_testing(py::module_& module) {
   auto testing = module.attr("testing").cast<py::module_>();
   const auto none = py::none();
-  py::class_<ExpertsOf>(testing, "Experts", "A mixture of experts of a CPU backend, on arrays of float32.")
+  py::class_<ExpertsOf>(testing, "Experts", "A mixture of experts of a backend, on arrays of float32.")
       .def(py::init<const MoeConfig&, int32_t, int32_t, const std::string&, bool, const std::string&,
-                    const std::string&, int, const std::string&>(),
+                    const std::string&, int, const std::string&, const std::string&>(),
            py::arg("moe"), py::arg("hidden"), py::arg("max_rows"), py::kw_only(), py::arg("activation") = "silu",
            py::arg("gated") = true, py::arg("dtype") = "float32", py::arg("isa") = "auto", py::arg("threads") = 1,
-           py::arg("format") = "dense")
+           py::arg("format") = "dense", py::arg("device") = "cpu")
       .def("set_router", &ExpertsOf::set_router, py::arg("weight"), py::arg("bias") = none,
            py::arg("correction") = none, "weight [experts (+ 1 for the shared one's gate), hidden]")
       .def("set_expert", &ExpertsOf::set_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"),

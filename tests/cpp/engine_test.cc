@@ -473,6 +473,8 @@ class PassingBackend : public Backend {
     inner_->pack_bias(linear, which, row, bias);
   }
   void upload(const TensorView& vector, float* out) override { inner_->upload(vector, out); }
+  void read(const void* from, std::span<std::byte> out) override { inner_->read(from, out); }
+  void write(std::span<const std::byte> bytes, void* to) override { inner_->write(bytes, to); }
   void begin(const RaggedBatch& batch) override { inner_->begin(batch); }
   void embed(const Linear& table, float scale, float* x) override { inner_->embed(table, scale, x); }
   void embed_positions(const Linear& table, int32_t offset, float* x) override {
