@@ -121,7 +121,6 @@ def test_a_config_means_what_transformers_reads_in_it(raw, tmp_path):
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*supported: .*LlamaForCausalLM"),
         ({"architectures": None}, "not named"),
         ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
-        ({"pretraining_tp": 2}, "pretraining_tp is 2"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"sliding_window": 4096}, "sliding_window"),
@@ -158,6 +157,7 @@ def test_neutral_values_of_unsupported_fields_are_fine():
         "partial_rotary_factor": 1.0,
         "quantization_config": None,
         "use_sliding_window": False,
+        "pretraining_tp": 2,
         "rope_scaling": {"rope_type": "default"},
         "head_dim": None,
     }

@@ -342,7 +342,8 @@ def test_a_missing_field_is_the_default_of_its_family() -> None:
     command_r = read_config({**COMMAND_R, "rope_theta": None, "logit_scale": None})
     assert command_r.ropes[0].inv_freq[1] == pytest.approx(500000 ** (-2 / 128))
     assert command_r.logit_scale == 0.0625
-    windows = [layer.window for layer in read_config({**COMMAND_R7B, "sliding_window": None}).layers]
+    without = {name: value for name, value in COMMAND_R7B.items() if name != "sliding_window"}
+    windows = [layer.window for layer in read_config(without).layers]
     assert windows == [4096, 4096, 4096, 0] * 8
 
 
@@ -375,6 +376,7 @@ def test_slopes_of_falcon_are_bfloat16_before_they_are_scaled() -> None:
     ("raw", "change", "named"),
     [
         (OPT_350M, {"activation_function": "tanh"}, "activation_function is 'tanh'"),
+        (FALCON_40B, {"parallel_attn": None}, "parallel_attn is None"),
         (FALCON_40B, {"parallel_attn": False}, "parallel_attn is False"),
         (FALCON_40B, {"num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn is 3"),
         (FALCON_7B, {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn is 2"),
@@ -384,11 +386,13 @@ def test_slopes_of_falcon_are_bfloat16_before_they_are_scaled() -> None:
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention"),
         (GPT_J_6B, {"rotary_dim": 65}, "rotary_dim is 65"),
+        (GPT_J_6B, {"rotary_dim": None}, "rotary_dim is missing or null"),
         (GPT_J_6B, {"rotary_dim": 258}, "rotary_dim is 258"),
         (GPT_J_6B, {"tie_word_embeddings": True}, "tie_word_embeddings"),
         (PHI_2, {"qk_layernorm": True}, "qk_layernorm"),
         (PHI_2, {"tie_word_embeddings": True}, "tie_word_embeddings"),
         (COMMAND_R7B, {"use_qk_norm": True}, "use_qk_norm"),
+        (COMMAND_R7B, {"sliding_window": None}, "sliding_window, 0"),
         (COMMAND_R7B, {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         (COMMAND_R7B, {"layer_types": ["chunked_attention"] * 32}, "layer_types"),
     ],

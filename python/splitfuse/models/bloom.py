@@ -25,14 +25,13 @@ _TENSORS: Names = {
 
 def _config(fields: Fields) -> ModelConfig:
     hidden = fields.integer(fields.which("n_embed", "hidden_size"))
-    heads = fields.integer(fields.which("n_head", "num_attention_heads"))
+    heads = fields.heads("n_head", "num_attention_heads")
     fields.expect("apply_residual_connection_post_layernorm", False)
     fields.expect("slow_but_exact", False)
-    fields.get("pretraining_tp")  # matters to slow_but_exact alone
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer(fields.which("n_layer", "num_hidden_layers")),
+        num_layers=fields.layers("n_layer", "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=fields.head_dim(hidden, heads),

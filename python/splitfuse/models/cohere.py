@@ -19,14 +19,14 @@ _TENSORS: Names = {
 
 
 def _config(fields: Fields, theta: float) -> ModelConfig:
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden, heads = fields.integer("hidden_size"), fields.heads()
     head_dim = fields.head_dim(hidden, heads)
     longest = fields.integer("max_position_embeddings", 8192)
     bias = fields.flag("attention_bias")
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers(),
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", heads),
         head_dim=head_dim,
@@ -54,12 +54,10 @@ def _cohere2(fields: Fields) -> ModelConfig:
     result = _config(fields, 10000.0)
     kinds = fields.words("layer_types")
     if not kinds:
-        period = fields.integer("sliding_window_pattern", 4)
-        if period < 1:
-            raise fields.error(f"sliding_window_pattern is {period}; expected a number of layers")
+        period = fields.integer("sliding_window_pattern", 4, low=1)
         full = [(layer + 1) % period == 0 for layer in range(result.num_layers)]
         kinds = ["full_attention" if whole else "sliding_attention" for whole in full]
-    layers = llama.windows(fields, result.num_layers, kinds, default=4096)
+    layers = llama.windows(fields, result.num_layers, kinds, missing=4096)
     result.layers = [LayerConfig(window=layer.window, rope=0 if layer.window else -1) for layer in layers]
     return result
 

@@ -8,14 +8,14 @@ from .family import Family, Fields
 
 
 def _config(fields: Fields) -> ModelConfig:
-    result = llama.config(fields)
+    result = llama.config(fields, kv_heads=32)
     result.norm_eps = fields.number("rms_norm_eps", 1e-5)
     result.norm_place, result.qk_norm = "post", "head"
-    window = fields.get("sliding_window")
-    kinds = fields.words("layer_types") or _kinds(fields, result.num_layers)
-    if window is None:
+    kinds = fields.words("layer_types")
+    if fields.get("sliding_window", missing=4096) is None:
         return result
-    layers = llama.windows(fields, result.num_layers, kinds)
+    kinds = kinds or _kinds(fields, result.num_layers)
+    layers = llama.windows(fields, result.num_layers, kinds, missing=4096)
     result.layers = [LayerConfig(window=layer.window, rope=0 if layer.window else -1) for layer in layers]
     return result
 
@@ -23,9 +23,13 @@ def _config(fields: Fields) -> ModelConfig:
 def _kinds(fields: Fields, layers: int) -> list[str]:
     pattern = fields.get("sliding_window_pattern", 4)
     if isinstance(pattern, str):  # of letters: L has a window, G has none
+        if not pattern or not set(pattern) <= {"L", "G"}:
+            raise fields.error(
+                f"sliding_window_pattern is {pattern!r}; expected letters L and G, or a number"
+            )
         local = [pattern[i % len(pattern)] == "L" for i in range(layers)]
     else:
-        every = fields.integer("sliding_window_pattern", 4)
+        every = fields.integer("sliding_window_pattern", 4, low=1)
         local = [(i + 1) % every != 0 for i in range(layers)]
     return ["sliding_attention" if has else "full_attention" for has in local]
 

@@ -42,27 +42,28 @@ def _bfloat16(value: float) -> float:
 
 
 def _parallel(fields: Fields, grouped: bool) -> str:
-    parallel, norms = fields.flag("parallel_attn", True), fields.get("num_ln_in_parallel_attn")
+    parallel, norms = fields.flag("parallel_attn", missing=True), fields.get("num_ln_in_parallel_attn")
     if not grouped:
         fields.expect("num_ln_in_parallel_attn", 1)
         return "shared" if parallel else "none"
-    fields.expect("parallel_attn", True)
+    if not parallel:
+        raise fields.error(f"parallel_attn is {fields.get('parallel_attn')}; expected True")
     fields.expect("num_ln_in_parallel_attn", 1, 2)
     return "shared" if norms == 1 else "own"
 
 
 def _config(fields: Fields) -> ModelConfig:
     hidden = fields.integer(fields.which("n_embed", "hidden_size"))
-    heads = fields.integer("num_attention_heads")
+    heads = fields.heads()
     head_dim = fields.head_dim(hidden, heads)
     grouped = fields.flag("new_decoder_architecture")
-    one_key = fields.flag("multi_query", True) and not grouped
+    one_key = fields.flag("multi_query", missing=True) and not grouped
     kv_heads = fields.integer("num_kv_heads", heads)
     bias = fields.flag("bias")
     result = ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers(),
         num_heads=heads,
         num_kv_heads=1 if one_key else kv_heads,
         head_dim=head_dim,

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from .._core import ConfigError, ModelConfig, canonical_names
 
-# Hugging Face fields that alter the result in some family, with the values under which they don't. Fields
-# that are in no list are ignored, as the reference implementation ignores them.
+# Hugging Face fields that alter the result in some family, with the values under which they don't. A field
+# that is neither here nor asked for is ignored, as the reference implementation ignores what its classes don't read.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "attention_multiplier": (),
@@ -20,23 +20,29 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (),
     "embedding_multiplier": (1,),
     "final_logit_softcapping": (),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "kv_lora_rank": (),
     "layer_types": (),
+    "lm_head_bias": (False,),
     "logit_scale": (1,),
     "logits_scaling": (1,),
+    "n_routed_experts": (0,),
     "no_rope_layers": ([],),
     "num_experts": (0,),
     "num_local_experts": (0,),
-    "pretraining_tp": (1,),
     "quantization_config": (),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1,),
     "rope_interleaved": (False,),
     "rotary_pct": (1,),
     "sliding_window": (),
+    "sparse_config": (),
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }
 _INT_MAX = 2**31 - 1
+_MOST = 4096  # layers, heads: as ModelConfig.validate() has it, here before lists of that length are made
 _FLOAT_MAX = sys.float_info.max
 _ACTIVATIONS = {
     "silu": "silu",
@@ -99,7 +105,10 @@ class Family:
 
     def read(self, fields: Fields) -> ModelConfig:
         """What `config.json` means. Raises ConfigError, naming the field, where that is nothing that can be run."""
-        config = self.config(fields)
+        try:
+            config = self.config(fields)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise fields.error(f"not a configuration of {self.name}: {error}") from error
         config.family = self.name
         config.eos_token_ids = fields.eos_ids()
         fields.expect_rest_neutral()
@@ -163,9 +172,12 @@ class Fields:
         self._asked.add(name)
         return self._values.get(name) is not None
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value, or `default` where the field is missing or null."""
+    def get(self, name: str, default: Any = None, *, missing: Any = None) -> Any:
+        """The value, or `default` where the field is missing or null. `missing`: instead, where it is missing; files
+        leave out what has their class's default, and null may mean something else."""
         self._asked.add(name)
+        if missing is not None and name not in self._values:
+            return missing
         value = self._values.get(name)
         return default if value is None else value
 
@@ -181,19 +193,49 @@ class Fields:
         """Fields that lie deeper in the file."""
         return Fields(values, self._where)
 
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name, default)
+    def number(self, name: str, default: float | None = None, *, missing: float | None = None) -> float:
+        value = self.get(name, default, missing=missing)
         if value is None:
-            raise self.error(f"{name} is missing")
+            raise self.error(f"{name} is missing or null; expected a number")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _FLOAT_MAX:
             raise self.error(f"{name} is {_short(value)}; expected a number")
         return value
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def positive(self, name: str, default: float | None = None) -> float:
         value = self.number(name, default)
-        if not isinstance(value, int) or not 0 <= value <= _INT_MAX:
-            raise self.error(f"{name} is {_short(value)}; expected an integer from 0 to {_INT_MAX}")
+        if not value > 0:
+            raise self.error(f"{name} is {value}; expected a number above 0")
         return value
+
+    def integer(
+        self,
+        name: str,
+        default: int | None = None,
+        *,
+        missing: int | None = None,
+        low: int = 0,
+        high: int = _INT_MAX,
+    ) -> int:
+        value = self.number(name, default, missing=missing)
+        if not isinstance(value, int) or not low <= value <= high:
+            raise self.error(f"{name} is {_short(value)}; expected an integer from {low} to {high}")
+        return value
+
+    def layers(self, *names: str) -> int:
+        """How many the model has, under the first of `names` that the file has."""
+        return self.integer(self.which(*names or ("num_hidden_layers",)), low=1, high=_MOST)
+
+    def heads(self, *names: str) -> int:
+        """As layers(), of query heads."""
+        return self.integer(self.which(*names or ("num_attention_heads",)), low=1, high=_MOST)
+
+    def integers(self, name: str) -> list[int]:
+        """A list of them, none below 0; empty if it is missing."""
+        value = self.get(name, [])
+        if not isinstance(value, list):
+            raise self.error(f"{name} is {_short(value)}; expected a list of integers")
+        items = self.part({f"{name}[{index}]": item for index, item in enumerate(value)})
+        return [items.integer(f"{name}[{index}]") for index in range(len(value))]
 
     def words(self, name: str) -> list[str]:
         """A list of strings; empty if it is missing."""
@@ -205,21 +247,21 @@ class Fields:
     def activation(self, name: str = "hidden_act", default: str | None = None) -> str:
         """A ModelConfig.activation."""
         value = self.get(name, default)
-        if value not in _ACTIVATIONS:
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise self.error(f"{name} is {_short(value)}, which is not supported; supported: {known}")
         return _ACTIVATIONS[value]
 
-    def head_dim(self, hidden: int, heads: int, name: str = "head_dim") -> int:
-        """As the file gives it, or hidden / heads."""
-        if heads <= 0 or (name not in self and hidden % heads != 0):
+    def head_dim(self, hidden: int, heads: int, name: str = "head_dim", *, missing: int | None = None) -> int:
+        """As the file gives it, or hidden / heads. `missing`: as get()'s."""
+        if self.get(name, missing=missing) is None and hidden % heads != 0:
             raise self.error(
                 f"num_attention_heads is {heads}; expected a divisor of the hidden size, {hidden}"
             )
-        return self.integer(name, hidden // heads)
+        return self.integer(name, hidden // heads, missing=missing)
 
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.get(name, default)
+    def flag(self, name: str, default: bool = False, *, missing: bool | None = None) -> bool:
+        value = self.get(name, default, missing=missing)
         if not isinstance(value, bool):
             raise self.error(f"{name} is {_short(value)}; expected true or false")
         return value

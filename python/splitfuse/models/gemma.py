@@ -31,23 +31,22 @@ _QK_NORMS: Names = {
 }
 
 
-def _shared(fields: Fields) -> ModelConfig:
-    """What all three have. Old files of Gemma 1 say `hidden_act` "gelu" and were trained with its approximation."""
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+def _shared(fields: Fields, activation: str, kv_heads: int, longest: int = 8192) -> ModelConfig:
+    """What all three have. `kv_heads`, `longest`: where the file leaves them out."""
+    hidden, heads = fields.integer("hidden_size"), fields.heads()
     fields.expect("use_bidirectional_attention", False)
-    fields.get("hidden_act")
     bias = fields.flag("attention_bias")
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers(),
         num_heads=heads,
-        num_kv_heads=fields.integer("num_key_value_heads", heads),
+        num_kv_heads=fields.integer("num_key_value_heads", heads, missing=kv_heads),
         head_dim=fields.integer("head_dim", 256),
         intermediate_size=fields.integer("intermediate_size"),
-        max_position=fields.integer("max_position_embeddings", 8192),
+        max_position=fields.integer("max_position_embeddings", longest),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
-        activation=fields.activation("hidden_activation", "gelu_pytorch_tanh"),
+        activation=activation,
         embed_scale=float(np.float32(math.sqrt(hidden))),
         tie_embeddings=fields.flag("tie_word_embeddings", True),
         qkv_bias=bias,
@@ -55,60 +54,68 @@ def _shared(fields: Fields) -> ModelConfig:
     )
 
 
+def _activation(fields: Fields) -> str:
+    """Of Gemma 1, whose old files say `hidden_act` "gelu" though it was trained with the approximation."""
+    activation = "gelu_tanh" if fields.get("hidden_act", "gelu") == "gelu" else fields.activation()
+    if "hidden_activation" in fields and fields.activation("hidden_activation") != activation:
+        raise fields.error(
+            f"hidden_activation is {fields.get('hidden_activation')!r}, but hidden_act differs"
+        )
+    return activation
+
+
 def _gemma(fields: Fields) -> ModelConfig:
-    result = _shared(fields)
+    result = _shared(fields, _activation(fields), kv_heads=16)
     result.ropes = [rope(fields, result.head_dim)]
+    return result
+
+
+def _scores(fields: Fields, longest: int) -> ModelConfig:
+    """What Gemma 2 and 3 have."""
+    activation = fields.activation("hidden_activation", "gelu_pytorch_tanh")
+    result = _shared(fields, activation, kv_heads=4, longest=longest)
+    result.norm_place = "both"
+    result.attention_scale = fields.positive("query_pre_attn_scalar", 256) ** -0.5
     return result
 
 
 def _gemma2(fields: Fields) -> ModelConfig:
-    result = _shared(fields)
-    result.norm_place = "both"
+    result = _scores(fields, longest=8192)
     result.ropes = [rope(fields, result.head_dim)]
-    result.attention_scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
-    result.attention_softcap = fields.number("attn_logit_softcapping", 0)
-    result.logit_softcap = fields.number("final_logit_softcapping", 0)
+    result.attention_softcap = fields.number("attn_logit_softcapping", 0, missing=50)
+    result.logit_softcap = fields.number("final_logit_softcapping", 0, missing=30)
     kinds = fields.words("layer_types") or [
         "full_attention" if i % 2 else "sliding_attention" for i in range(result.num_layers)
     ]
-    result.layers = llama.windows(fields, result.num_layers, kinds)
+    result.layers = llama.windows(fields, result.num_layers, kinds, missing=4096)
     return result
 
 
 def _gemma3(fields: Fields) -> ModelConfig:
-    result = _gemma2_scores(fields)
-    pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
+    result = _scores(fields, longest=131072)
+    result.qk_norm = "head"
+    result.attention_softcap = fields.number("attn_logit_softcapping", 0)
+    result.logit_softcap = fields.number("final_logit_softcapping", 0)
+    pattern = fields.integer(fields.which("sliding_window_pattern", "_sliding_window_pattern"), 6, low=1)
     kinds = fields.words("layer_types") or [
         "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(result.num_layers)
     ]
-    layers = llama.windows(fields, result.num_layers, kinds)
+    layers = llama.windows(fields, result.num_layers, kinds, missing=4096)
     result.layers = [LayerConfig(window=layer.window, rope=1 if layer.window else 0) for layer in layers]
     result.ropes = _two_ropes(fields, result.head_dim)
     return result
 
 
-def _gemma2_scores(fields: Fields) -> ModelConfig:
-    result = _shared(fields)
-    result.norm_place, result.qk_norm = "both", "head"
-    result.max_position = fields.integer("max_position_embeddings", 131072)
-    result.attention_scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
-    result.attention_softcap = fields.number("attn_logit_softcapping", 0)
-    result.logit_softcap = fields.number("final_logit_softcapping", 0)
-    return result
-
-
 def _two_ropes(fields: Fields, head_dim: int) -> list[RopeConfig]:
     """Of layers without a window and with one."""
-    given = fields.get("rope_parameters", {})
-    if "full_attention" in given or "sliding_attention" in given:
-        return [
-            rope(fields, head_dim, given.get("full_attention", {"rope_theta": 1e6})),
-            rope(fields, head_dim, given.get("sliding_attention", {"rope_theta": 1e4})),
-        ]
-    full = {"rope_theta": fields.number("rope_theta", 1e6), **fields.get("rope_scaling", {})}
+    given = fields.part(fields.object("rope_parameters"))
+    if unknown := sorted(given.names() - {"full_attention", "sliding_attention"}):
+        raise fields.error(f"rope_parameters: {unknown[0]} is neither full_attention nor sliding_attention")
+    full = {**given.object("full_attention"), **fields.object("rope_scaling")}
+    local = given.object("sliding_attention")
     return [
-        rope(fields, head_dim, full),
-        rope(fields, head_dim, {"rope_theta": fields.number("rope_local_base_freq", 1e4)}),
+        rope(fields, head_dim, full, theta=fields.number("rope_theta", 1e6)),
+        rope(fields, head_dim, local, theta=fields.number("rope_local_base_freq", 1e4)),
     ]
 
 

@@ -35,14 +35,14 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias")
 
 def _config(fields: Fields) -> ModelConfig:
     hidden = fields.integer(fields.which("n_embd", "hidden_size"))
-    heads = fields.integer(fields.which("n_head", "num_attention_heads"))
+    heads = fields.heads("n_head", "num_attention_heads")
     positions = fields.integer(fields.which("n_positions", "max_position_embeddings"), 1024)
     fields.expect("scale_attn_by_inverse_layer_idx", False)
     fields.expect("add_cross_attention", False)
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer(fields.which("n_layer", "num_hidden_layers")),
+        num_layers=fields.layers("n_layer", "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=fields.head_dim(hidden, heads),

@@ -24,14 +24,14 @@ _TENSORS: Names = {
 
 
 def _config(fields: Fields) -> ModelConfig:
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden, heads = fields.integer("hidden_size"), fields.heads()
     head_dim = fields.head_dim(hidden, heads)
     bias = fields.flag("attention_bias", True)
     partial, theta = fields.number("rotary_pct", 0.25), fields.number("rotary_emb_base", 10000)
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers(),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,

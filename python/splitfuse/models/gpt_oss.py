@@ -9,7 +9,6 @@ from .rope import rope
 
 _YARN = {
     "rope_type": "yarn",
-    "rope_theta": 150000.0,
     "factor": 32.0,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
@@ -19,15 +18,15 @@ _YARN = {
 
 
 def _config(fields: Fields) -> ModelConfig:
-    result = llama.config(fields)
-    result.head_dim = fields.integer("head_dim", 64)
+    result = llama.config(fields, kv_heads=8, head_dim=64, longest=131072, theta=150000.0)
     result.norm_eps = fields.number("rms_norm_eps", 1e-5)
     result.qkv_bias = result.o_bias = fields.flag("attention_bias", True)
     fields.expect("swiglu_alpha", 1.702)
     fields.expect("swiglu_limit", 7.0)
     fields.expect("hidden_act", "silu")
     if "rope_parameters" not in fields and "rope_scaling" not in fields:
-        result.ropes = [rope(fields, result.head_dim, _YARN)]
+        theta = fields.number("rope_theta", 150000.0)
+        result.ropes = [rope(fields, result.head_dim, _YARN, theta=theta)]
     result.activation, result.attention_sinks = "swiglu_clamped", True
     result.moe = MoeConfig(
         experts=fields.integer("num_local_experts", 128),
@@ -40,7 +39,7 @@ def _config(fields: Fields) -> ModelConfig:
     kinds = fields.words("layer_types") or [
         "full_attention" if i % 2 else "sliding_attention" for i in range(result.num_layers)
     ]
-    layers = llama.windows(fields, result.num_layers, kinds)
+    layers = llama.windows(fields, result.num_layers, kinds, missing=128)
     for layer in layers:
         layer.moe = True
     result.layers = layers

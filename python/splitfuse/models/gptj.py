@@ -22,16 +22,16 @@ _TENSORS: Names = {
 
 def _config(fields: Fields) -> ModelConfig:
     hidden = fields.integer(fields.which("n_embd", "hidden_size"))
-    heads = fields.integer(fields.which("n_head", "num_attention_heads"))
+    heads = fields.heads("n_head", "num_attention_heads")
     head_dim = fields.head_dim(hidden, heads)
-    rotated = fields.integer("rotary_dim", 64)
-    if rotated % 2 or not 0 < rotated <= head_dim:
-        raise fields.error(f"rotary_dim is {rotated}; expected an even number up to {head_dim}")
+    rotated = fields.integer("rotary_dim", missing=64)
+    if rotated % 2 or not 0 < rotated <= min(head_dim, 1024):
+        raise fields.error(f"rotary_dim is {rotated}; expected an even number up to {min(head_dim, 1024)}")
     fields.expect("tie_word_embeddings", False)
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer(fields.which("n_layer", "num_hidden_layers")),
+        num_layers=fields.layers("n_layer", "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,

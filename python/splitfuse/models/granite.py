@@ -14,10 +14,7 @@ def _granite(fields: Fields) -> ModelConfig:
     result.embed_scale = fields.number("embedding_multiplier", 1.0)
     result.residual_scale = fields.number("residual_multiplier", 1.0)
     result.attention_scale = fields.number("attention_multiplier", 1.0)
-    scaling = fields.number("logits_scaling", 1.0)
-    if not scaling > 0:
-        raise fields.error(f"logits_scaling is {scaling}; expected a number above 0")
-    result.logit_scale = 1.0 / scaling
+    result.logit_scale = 1.0 / fields.positive("logits_scaling", 1.0)
     return result
 
 

@@ -8,7 +8,7 @@ from .family import Family, Fields
 
 
 def _config(fields: Fields) -> ModelConfig:
-    result = llama.config(fields)
+    result = llama.config(fields, kv_heads=8, longest=131072, theta=1e6)
     result.norm_eps = fields.number("rms_norm_eps", 1e-5)
     result.moe = MoeConfig(
         experts=fields.integer("num_local_experts", 8),

@@ -38,7 +38,7 @@ def _tensors(config: ModelConfig) -> Names:
 
 
 def _config(fields: Fields) -> ModelConfig:
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden, heads = fields.integer("hidden_size"), fields.heads()
     longest = fields.integer("max_position_embeddings", 2048)
     before = fields.flag("do_layer_norm_before", True)
     bias = fields.flag("enable_bias", True)
@@ -46,7 +46,7 @@ def _config(fields: Fields) -> ModelConfig:
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers(),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=fields.head_dim(hidden, heads),

@@ -21,14 +21,14 @@ _TENSORS: Names = {
 
 
 def _config(fields: Fields) -> ModelConfig:
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden, heads = fields.integer("hidden_size"), fields.heads()
     head_dim = fields.head_dim(hidden, heads)
     fields.expect("qk_layernorm", False)
     fields.expect("tie_word_embeddings", False)
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers(),
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", heads),
         head_dim=head_dim,

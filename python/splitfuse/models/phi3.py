@@ -9,8 +9,7 @@ from .parts import gate_rows, k_rows, q_rows, up_rows, v_rows
 
 
 def _config(fields: Fields) -> ModelConfig:
-    fields.get("original_max_position_embeddings")
-    result = llama.config(fields, partial=1.0)
+    result = llama.config(fields, longest=4096, partial=1.0, trained=4096)
     result.norm_eps = fields.number("rms_norm_eps", 1e-5)
     if window := fields.integer("sliding_window", 0):
         result.layers = [LayerConfig(window=window)] * result.num_layers

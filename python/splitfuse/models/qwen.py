@@ -17,27 +17,26 @@ QK_NORMS = {
 def windows(fields: Fields, layers: int) -> list[LayerConfig]:
     """As `layer_types` says, or with a window from `max_window_layers` on."""
     kinds = fields.words("layer_types")
-    first = fields.integer("max_window_layers", 28)
-    if not fields.flag("use_sliding_window") or fields.get("sliding_window") is None:
+    first, window = fields.integer("max_window_layers", 28), fields.get("sliding_window", missing=4096)
+    if not fields.flag("use_sliding_window") or window is None:
         return []
     return llama.windows(
         fields,
         layers,
         kinds or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)],
+        missing=4096,
     )
 
 
 def _qwen2(fields: Fields) -> ModelConfig:
-    result = llama.config(fields)
+    result = llama.config(fields, kv_heads=32, longest=32768)
     result.qkv_bias, result.o_bias = True, False
     result.layers = windows(fields, result.num_layers)
     return result
 
 
 def _qwen3(fields: Fields) -> ModelConfig:
-    result = llama.config(fields)
-    if "head_dim" not in fields:
-        raise fields.error("head_dim is missing")
+    result = llama.config(fields, kv_heads=32, head_dim=128, longest=32768)
     result.qk_norm = "head"
     result.layers = windows(fields, result.num_layers)
     return result
@@ -45,7 +44,7 @@ def _qwen3(fields: Fields) -> ModelConfig:
 
 def _qwen(fields: Fields) -> ModelConfig:
     """`use_dynamic_ntk` and `use_logn_attn` alter nothing up to `seq_length`, the length of training."""
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden, heads = fields.integer("hidden_size"), fields.heads()
     head_dim = fields.head_dim(hidden, heads, "kv_channels")
     fields.expect("no_bias", True)
     fields.expect("scale_attn_weights", True)
@@ -56,7 +55,7 @@ def _qwen(fields: Fields) -> ModelConfig:
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers(),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,

@@ -29,12 +29,12 @@ def _experts(fields: Fields, result: ModelConfig, shared: int) -> ModelConfig:
         shared_intermediate_size=shared,
         shared_gate=shared > 0,
     )
-    dense, step = fields.get("mlp_only_layers", []), fields.integer("decoder_sparse_step", 1)
+    dense, step = fields.integers("mlp_only_layers"), fields.integer("decoder_sparse_step", 1, low=1)
     layers = result.layers or [LayerConfig()] * result.num_layers
     result.layers = [
         LayerConfig(
             window=layer.window,
-            moe=result.moe.experts > 0 and step > 0 and index not in dense and (index + 1) % step == 0,
+            moe=result.moe.experts > 0 and index not in dense and (index + 1) % step == 0,
         )
         for index, layer in enumerate(layers)
     ]
@@ -42,22 +42,24 @@ def _experts(fields: Fields, result: ModelConfig, shared: int) -> ModelConfig:
 
 
 def _qwen2(fields: Fields) -> ModelConfig:
-    result = llama.config(fields)
+    result = llama.config(fields, kv_heads=16, longest=32768)
     result.qkv_bias, result.o_bias = fields.flag("qkv_bias", True), False
     window, first = fields.flag("use_sliding_window"), fields.integer("max_window_layers", 28)
     kinds = fields.words("layer_types") or [
         "sliding_attention" if window and (i + 1) % 2 and i < first else "full_attention"
         for i in range(result.num_layers)
     ]
+    fields.get("sliding_window")
     if window:
-        result.layers = llama.windows(fields, result.num_layers, kinds)
+        result.layers = llama.windows(fields, result.num_layers, kinds, missing=4096)
     return _experts(fields, result, fields.integer("shared_expert_intermediate_size", 5632))
 
 
 def _qwen3(fields: Fields) -> ModelConfig:
-    result = llama.config(fields)
+    result = llama.config(fields, kv_heads=4, longest=32768)
     result.qk_norm = "head"
-    if fields.flag("use_sliding_window") and (window := fields.integer("sliding_window", 0)):
+    window = fields.integer("sliding_window", 0, missing=4096)
+    if fields.flag("use_sliding_window") and window:
         result.layers = [LayerConfig(window=window)] * result.num_layers
     return _experts(fields, result, 0)
 

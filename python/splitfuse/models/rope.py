@@ -64,11 +64,13 @@ def rope(
     *,
     theta: float = 10000.0,
     partial: float | None = None,
+    trained: int | None = None,
 ) -> RopeConfig:
     """The rotary embedding that `values` describe; without them, transformers 5's `rope_parameters` or the older
     `rope_theta` and `rope_scaling`. `theta`, and `partial`, the part of a head that is rotated: where nothing else is
-    said; without `partial` nothing but the whole head is taken. Raises ConfigError, naming the field, on what is not
-    supported."""
+    said; without `partial` nothing but the whole head is taken. `trained`:
+    `original_max_position_embeddings` where the file leaves it out. Raises ConfigError, naming the field, on what is
+    not supported."""
     given = fields.part(_merged(fields) if values is None else values)
     kind = _kind(given)
     if unknown := sorted(given.names() - _KIND_KEYS - _ALLOWED[kind]):
@@ -78,17 +80,19 @@ def rope(
     base = _number(given, "rope_theta", theta)
     if base <= 1:
         raise given.error(f"rope_theta is {base}; expected a number above 1")
-    return _SCALINGS[kind](_Rope(fields, given, base, _dims(given, head_dim, partial)))
+    return _SCALINGS[kind](_Rope(fields, given, base, _dims(given, head_dim, partial), trained))
 
 
 @dataclass(frozen=True)
 class _Rope:
-    """What scalings start from: the model's fields, those of the embedding, its base, and how many dimensions turn."""
+    """What scalings start from: the model's fields, those of the embedding, its base, how many dimensions turn, and
+    rope()'s `trained`."""
 
     model: Fields
     given: Fields
     theta: float
     dims: int
+    trained: int | None
 
     def powers(self) -> Floats:
         """theta^(2i / dims), rounded once."""
@@ -104,8 +108,12 @@ class _Rope:
     def trained_length(self) -> int:
         """Tokens of a sequence before the model was stretched. Beside the embedding it outweighs what is within."""
         name = "original_max_position_embeddings"
-        where = self.model if name in self.model else self.given
-        length = where.integer(name) if name in where else self.model.integer("max_position_embeddings")
+        if name in self.model or self.trained is not None:
+            length = self.model.integer(name, self.trained)
+        elif name in self.given:
+            length = self.given.integer(name)
+        else:
+            length = self.model.integer("max_position_embeddings")
         if length < 2:
             raise self.given.error(f"{name} is {length}; expected an integer above 1")
         return length

@@ -8,10 +8,12 @@ from .family import Family, Fields
 
 
 def _config(fields: Fields) -> ModelConfig:
-    result = llama.config(fields)
+    result = llama.config(fields, kv_heads=4, longest=32768, theta=2e6)
     result.tie_embeddings = fields.flag("tie_word_embeddings", True)
-    every = fields.integer("no_rope_layer_interval", 4)
-    rotated = fields.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(result.num_layers)]
+    every = fields.integer("no_rope_layer_interval", 4, low=1)
+    rotated = fields.integers("no_rope_layers") or [
+        int((i + 1) % every != 0) for i in range(result.num_layers)
+    ]
     if len(rotated) != result.num_layers or not set(rotated) <= {0, 1}:
         raise fields.error(f"no_rope_layers: expected 0 or 1 for each of {result.num_layers} layers")
     window = fields.integer("sliding_window", 0) if fields.flag("use_sliding_window") else 0
