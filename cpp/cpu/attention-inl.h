@@ -73,7 +73,9 @@ struct Attend {
       for (int r = 0; r < MR; ++r) scales[r] = 1.0f;
     }
     const int from = seen.begin[0] / (2 * kLanes) * (2 * kLanes);
-    for (int r = 0; r < MR; ++r) Score::hide(from, seen.begin[r], sums + r * kTile);
+    for (int r = 0; r < MR; ++r) {
+      if (seen.begin[r] > 0) Score::hide(from, seen.begin[r], sums + r * kTile);
+    }
     if constexpr (F::kInt8) {
       const int first = seen.begin[0] / kColumn * kColumn;
       float step[MR];

@@ -12,8 +12,8 @@ struct Scores {
 
   // scores = the softcapped and, by `slope` for each position, biased scores of keys [begin, keys), in units of log2,
   // from products that are scores when multiplied by `scale`. distance: of key 0 from the query's position.
-  static void bend(const AttentionItem& item, int begin, int keys, float scale, float slope, float distance,
-                   float* scores) {
+  [[gnu::noinline]] static void bend(const AttentionItem& item, int begin, int keys, float scale, float slope,
+                                     float distance, float* scores) {
     static constexpr float kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Reg factor = F::set(item.softcap > 0.0f ? 2.0f * scale / item.softcap : scale);
     const Reg cap = F::set(item.softcap * kLog2e);
@@ -27,7 +27,7 @@ struct Scores {
   }
 
   // Nothing is left of scores before key `begin`, from key `from` on; from: a multiple of kLanes.
-  static void hide(int from, int begin, float* scores) {
+  [[gnu::noinline]] static void hide(int from, int begin, float* scores) {
     const Reg lowest = F::set(-__builtin_inff());
     for (; from < begin; from += kLanes) {
       F::store(scores + from, F::keep(lowest, begin - from, F::load(scores + from)));

@@ -56,7 +56,7 @@ struct Products {
 
   // out [MR][kTile] = q k^T for NV registers of keys from `column` on. q: [head_dim / kPack][MR][kPack].
   template <int MR, int NV>
-  [[gnu::noinline]] static void scores(const Tile& tile, int column, const Weight* q, float* out) {
+  [[gnu::always_inline]] static inline void scores(const Tile& tile, int column, const Weight* q, float* out) {
     const int64_t row_bytes = tile.key_bytes;
     Sum sum[MR][NV];
     const char* at[NV];
@@ -179,7 +179,7 @@ struct Products {
   }
 
   // o [padded_dim] = o * alpha + the weight of the second key of pair `pair` times its value.
-  static void add_second(const Tile& tile, const Weight* p, int pair, float alpha, float* o) {
+  [[gnu::noinline]] static void add_second(const Tile& tile, const Weight* p, int pair, float alpha, float* o) {
     constexpr int kPairs = kColumn / 2;
     const char* at = tile.values[pair / kPairs] + pair % kPairs * F::kPairRows * tile.value_bytes;
     const auto weight = F::weights(p + 2 * pair, F::kSteps - 1);

@@ -79,7 +79,7 @@ struct KvFetch {
   }
 
   // Goes on to the next lines: keys of a tile, then its values, the next tile, the next item. False at the end.
-  [[gnu::noinline]] static bool refill(const AttentionItem& item, AttentionAhead& ahead) {
+  static bool refill(const AttentionItem& item, AttentionAhead& ahead) {
     if (ahead.column == ahead.columns) {
       if (!ahead.values) {
         ahead.values = true;
