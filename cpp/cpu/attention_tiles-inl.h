@@ -201,18 +201,19 @@ struct Products {
       scores<MR, kVecs>(tile, v / kColumnVecs, q, out + v * kLanes);
     }
     // The rest by whole columns: what lies past the last key is never looked at.
-    const auto run = [&](auto kernel) { kernel(tile, v / kColumnVecs, q, out + v * kLanes); };
+    const int column = v / kColumnVecs;
+    out += v * kLanes;
     switch ((vecs - v + kColumnVecs - 1) / kColumnVecs) {
       case 0:
         break;
       case 1:
-        run(scores<MR, kColumnVecs>);
+        scores<MR, kColumnVecs>(tile, column, q, out);
         break;
       case 2:
-        run(scores<MR, least(2 * kColumnVecs, kVecs)>);
+        scores<MR, least(2 * kColumnVecs, kVecs)>(tile, column, q, out);
         break;
       default:
-        run(scores<MR, least(3 * kColumnVecs, kVecs)>);
+        scores<MR, least(3 * kColumnVecs, kVecs)>(tile, column, q, out);
         break;
     }
   }
