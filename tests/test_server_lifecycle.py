@@ -228,7 +228,7 @@ def test_what_does_not_finish_in_time_is_cut(tiny_llama, signals):
 
 
 HANGING_STEP = "import time, splitfuse\nsplitfuse.Engine.step = lambda *_: time.sleep(1000)"
-HANGING_LOAD = "import time\nfrom splitfuse import loader\nloader.load = lambda *_: time.sleep(1000)"
+HANGING_LOAD = "import time\nfrom splitfuse import loader\nloader.load = lambda *_, **__: time.sleep(1000)"
 FAILING_STEP = """
 import splitfuse
 def step(*_):
