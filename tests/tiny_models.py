@@ -46,7 +46,8 @@ class Tiny:
 
 def build(tiny: Tiny, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    fields = {key: value for key, value in {**SHAPE, **tiny.fields}.items() if value is not None}
+    fields = {**SHAPE, **tiny.fields}
+    fields = {key: value for key, value in fields.items() if value is not None or key not in SHAPE}
     config = AutoConfig.for_model(tiny.model_type, **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():  # transformers starts norms at one and biases at zero, which would hide mistakes

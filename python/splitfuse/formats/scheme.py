@@ -99,9 +99,6 @@ class Quantised:
     def count(self) -> int:
         return len(self._stored)
 
-    def is_quantised(self, name: str) -> bool:
-        return name in self._stored
-
     def read(self, name: str) -> Array:
         if name not in self._stored:
             return self._tensors.read(name)
